@@ -1,0 +1,16 @@
+from typing import Any
+
+from numpy.typing import NDArray
+
+def rows(
+    loss: NDArray[Any],
+    gradient: NDArray[Any] | None,
+    logits: NDArray[Any],
+    target: NDArray[Any] | None,
+    probability: NDArray[Any] | None,
+    scale: NDArray[Any] | None,
+    weight: NDArray[Any] | None,
+    ignore_index: int,
+    label_smoothing: float,
+    strength: float,
+) -> int: ...

@@ -1,0 +1,217 @@
+"""Linearly Adaptive Cross Entropy, the definition.
+
+For one sample with logits z (C), q = softmax(z), true class t and strength s in [0, 1]:
+
+    n_k = -log q_k        r_k = 1 - q_k
+    f_k = ((1-s) + s r_k) n_k                         loss L = f_t;  s = 1 is LACE, s = 0 cross entropy
+    K_k = (1-s) + s (r_k + q_k n_k)                   df_k/dz_j = K_k (q_j - [j = k])
+
+Weights, label smoothing and probability targets make L a sum over the classes, with coefficients a:
+
+    L       = sum_k a_k f_k
+    dL/dz_j = q_j sum_k a_k K_k - a_j K_j
+
+Nothing is formed as 1 - q, log q or q - 1. With `top` the class of the largest logit and S the sum of
+exp(z_j - z_top) over the other classes, n_top = log1p(S) and r_top = S / (1 + S); elsewhere q_k <= 1/2 and
+n_k = (z_top - z_k) + log1p(S).
+
+Source: J. W. Shim, Sci. Rep. 2024, arXiv:2507.10574. With s = 1, L is also the softmax focal loss with gamma = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .double_double import DoubleDouble, exp, log1p, total, where, wide
+
+Array = NDArray[np.float64]
+
+
+class Options(TypedDict, total=False):
+    """weight : (C,) array, multiplies a. Default: all 1.
+    ignore_index : a sample of this class has loss and gradient 0 and does not count in the mean. Default -100.
+        Probability targets know no ignored samples: there it must be negative.
+    reduction : "none", one loss a sample; "sum"; or "mean", the sum divided by the samples' total weight[target], with
+        probability targets by the number of samples. Nothing divided by 0 is NaN. Default "mean".
+    label_smoothing : e in [0, 1]: a target's probabilities y become (1-e) y + e/C. Default 0.
+    strength : s in [0, 1]. Default 1.
+    """
+
+    weight: ArrayLike | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    strength: float
+
+
+@np.errstate(all="ignore")  # infinities and NaN are values here
+def forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Options]) -> float | Array:
+    """Loss.
+
+    Parameters
+    ----------
+    logits : (C,), (N, C) or (N, C, d1, ...) array of numbers, unnormalised.
+    target : integers of the logits' shape without its class axis: class indices, 0 to C-1 or `ignore_index`;
+        or floats of the logits' shape: probabilities (neither their range nor their sum is checked).
+    options : see `Options`.
+
+    Returns
+    -------
+    A float, or for "none" an array of the logits' shape without its class axis. A sample with a logit of NaN or +inf
+    has loss NaN; with -inf at its class, +inf.
+
+    Raises
+    ------
+    TypeError for a dtype, ValueError for a shape or an option, IndexError for a class that does not exist.
+    """
+    samples = _samples(logits, target, **options)
+    if not samples.reduced:
+        losses = samples.loss().rounded.reshape(samples.shape)
+        return losses if losses.ndim else float(losses)
+    return float((total(samples.loss()) / samples.divisor).rounded)
+
+
+@np.errstate(all="ignore")
+def backward(logits: ArrayLike, target: ArrayLike, grad_output: ArrayLike = 1.0, **options: Unpack[Options]) -> Array:
+    """Gradient of `forward` with respect to the logits, times `grad_output`: a number or, for "none", one a sample."""
+    samples = _samples(logits, target, **options)
+    return samples.scaled(samples.gradient(), grad_output)
+
+
+@np.errstate(all="ignore")
+def hessian_vector_product(
+    logits: ArrayLike,
+    target: ArrayLike,
+    vector: ArrayLike,
+    grad_output: ArrayLike = 1.0,
+    **options: Unpack[Options],
+) -> Array:
+    """Change of `backward` per unit step of the logits along `vector` (an array like the logits)."""
+    samples = _samples(logits, target, **options)
+    v = _numbers("vector", vector)
+    if v.shape != np.shape(logits):
+        raise ValueError(f"vector must have the logits' shape {np.shape(logits)}, got {v.shape}")
+    return samples.scaled(samples.gradient_change(_classes_last(v)), grad_output)
+
+
+@dataclass
+class _Samples:
+    """M samples side by side, logits z and coefficients a both (M, C), with q, r, n and q n of every class."""
+
+    z: Array
+    a: DoubleDouble
+    kept: NDArray[np.bool_]  # (M,): not ignored
+    shape: tuple[int, ...]  # of the samples, M in all
+    reduced: bool
+    divisor: DoubleDouble
+    strength: float
+
+    def __post_init__(self) -> None:
+        top = self.z.argmax(1)[:, None]
+        largest = np.take_along_axis(self.z, top, 1)
+        self.is_top = np.arange(self.z.shape[1]) == top
+        gap = where(np.isfinite(largest), wide(largest) - self.z, np.nan)
+        e = where(self.is_top, 0.0, exp(-gap))
+        others = total(e, 1)[:, None]
+        self.q = where(self.is_top, 1.0, e) / (others + 1.0)
+        self.r = where(self.is_top, others, others - e + 1.0) / (others + 1.0)
+        self.n = gap + log1p(others)
+        self.qn = where(self.q.high == 0, 0.0, self.q * self.n)  # its limit where n is infinite
+
+    def loss(self) -> DoubleDouble:
+        f = ((1.0 - wide(self.strength)) + self.r * self.strength) * self.n
+        return total(where((self.a.high == 0) & np.isinf(f.high), 0.0, self.a * f), 1)
+
+    def gradient(self) -> DoubleDouble:
+        return self._in_logits(self._ak())
+
+    def gradient_change(self, v: Array) -> DoubleDouble:
+        """dq = q w and dn = -w along v, with w = v - q.v. Equal steps of all logits change nothing: take v_top off."""
+        v_less_top = wide(v) - v[self.is_top][:, None]
+        w = v_less_top - total(self.q * v_less_top, 1)[:, None]
+        dk = w * (self.qn - self.q * 2.0) * self.strength
+        return self.q * w * total(self._ak(), 1)[:, None] + self._in_logits(self.a * dk)
+
+    def scaled(self, gradient: DoubleDouble, grad_output: ArrayLike) -> Array:
+        g = _numbers("grad_output", grad_output)
+        if g.shape not in {(), () if self.reduced else self.shape}:
+            rule = "be a number" if self.reduced else f"be a number or have the loss's shape {self.shape}"
+            raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
+        g = np.broadcast_to(g, self.shape).reshape(-1, 1)
+        rows = where(self.kept[:, None], gradient * (wide(g) / self.divisor), 0.0).rounded
+        rows = rows.reshape(*self.shape, rows.shape[1])
+        return np.ascontiguousarray(np.moveaxis(rows, -1, min(1, rows.ndim - 1)))
+
+    def _ak(self) -> DoubleDouble:
+        return self.a * ((1.0 - wide(self.strength)) + (self.r + self.qn) * self.strength)
+
+    def _in_logits(self, ak: DoubleDouble) -> DoubleDouble:
+        """q_j sum_k ak_k - ak_j. Without the own term in the sum nothing cancels when only one class has a target."""
+        return self.q * (total(ak, 1)[:, None] - ak) - self.r * ak
+
+
+def _samples(
+    logits: ArrayLike,
+    target: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    strength: float = 1.0,
+) -> _Samples:
+    x, y = _numbers("logits", logits), np.asarray(target)
+    if x.ndim == 0 or x.shape[min(1, x.ndim - 1)] == 0:
+        raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {x.shape}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    for name, value in (("label_smoothing", label_smoothing), ("strength", strength)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
+    z = _classes_last(x)
+    shape, classes = x.shape[:1] * (x.ndim > 1) + x.shape[2:], z.shape[1]
+    w = np.ones(classes) if weight is None else _numbers("weight", weight)
+    if w.shape != (classes,):
+        raise ValueError(f"weight must have one value for each of the {classes} classes, got shape {w.shape}")
+
+    if y.dtype.kind == "f":
+        if y.shape != x.shape:
+            raise ValueError(f"a floating target must have the logits' shape {x.shape}, got {y.shape}")
+        if ignore_index >= 0:
+            raise ValueError(f"ignore_index must be negative for a floating target, got {ignore_index}")
+        kept = np.ones(len(z), bool)
+        a = ((1.0 - wide(label_smoothing)) * _classes_last(y) + wide(label_smoothing) / classes) * w
+        divisor = wide(len(z))
+    elif y.dtype.kind in "iu":
+        if y.shape != shape:
+            raise ValueError(f"an integer target must have shape {shape} for logits of {x.shape}, got {y.shape}")
+        kept = (y != ignore_index).reshape(-1)
+        wrong = np.argwhere(((y < 0) | (y >= classes)) & (y != ignore_index))
+        if len(wrong):
+            place = [int(i) for i in wrong[0]]
+            raise IndexError(f"target{place or ''} is {y[tuple(place)]}, not a class: 0 to {classes - 1}")
+        t = np.where(kept, y.reshape(-1), 0).astype(np.intp)
+        z = np.where(kept[:, None], z, 0.0)
+        a = where(kept[:, None] & (np.arange(classes) == t[:, None]), (1.0 - wide(label_smoothing)) * w, 0.0)
+        if label_smoothing:
+            a = a + where(kept[:, None], wide(label_smoothing) / classes * w, 0.0)
+        divisor = total(wide(np.where(kept, w[t], 0.0)))
+    else:
+        raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
+    return _Samples(z, a, kept, shape, reduction != "none", divisor if reduction == "mean" else wide(1.0), strength)
+
+
+def _numbers(name: str, values: ArrayLike) -> Array:
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
+    return array.astype(np.float64)
+
+
+def _classes_last(x: Array) -> Array:
+    """(C,), (N, C) or (N, C, d1, ...) as (M, C)."""
+    return np.moveaxis(x, min(1, x.ndim - 1), -1).reshape(-1, x.shape[min(1, x.ndim - 1)])

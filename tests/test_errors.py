@@ -1,0 +1,139 @@
+"""Bad input is refused with the value and the rule, by the same type in `ref` and `ext`, and by torch's in torch."""
+
+import numpy as np
+import pytest
+import torch
+
+from lace_loss import ext, ref
+from lace_loss.ext.torch import LACELoss, lace_loss
+
+LOGITS, TARGET = np.zeros((4, 3)), np.array([0, 1, 2, 0])
+
+REFUSED = {
+    "a class too large": (LOGITS, [0, 1, 3, 0], {}, IndexError, r"target\[2\] is 3, not a class: 0 to 2"),
+    "a negative class": (LOGITS, [0, -1, 2, 0], {}, IndexError, r"target\[1\] is -1, not a class: 0 to 2"),
+    "a bad class in an image": (np.zeros((1, 3, 2, 2)), [[[0, 1], [7, 0]]], {}, IndexError, r"target\[0, 1, 0\] is 7"),
+    "a bad class of one sample": (np.zeros(3), 3, {}, IndexError, "target is 3, not a class: 0 to 2"),
+    "too few targets": (LOGITS, TARGET[:3], {}, ValueError, r"shape \(4,\) for logits of \(4, 3\), got \(3,\)"),
+    "a column of targets": (LOGITS, TARGET[:, None], {}, ValueError, r"got \(4, 1\)"),
+    "integers in the logits' shape": (LOGITS, np.zeros((4, 3), int), {}, ValueError, r"got \(4, 3\)"),
+    "floats of another shape": (LOGITS, TARGET.astype(float), {}, ValueError, r"logits' shape \(4, 3\), got \(4,\)"),
+    "a number as logits": (np.float64(1), 0, {}, ValueError, r"got shape \(\)"),
+    "no classes": (np.zeros((4, 0)), TARGET, {}, ValueError, r"C >= 1, got shape \(4, 0\)"),
+    "complex logits": (LOGITS + 0j, TARGET, {}, TypeError, "complex128"),
+    "boolean targets": (LOGITS, TARGET > 0, {}, TypeError, "got bool"),
+    "text as targets": (LOGITS, list("abcd"), {}, TypeError, "got <U1"),
+    "an unknown reduction": (LOGITS, TARGET, {"reduction": "avg"}, ValueError, "'none', 'mean' or 'sum', got 'avg'"),
+    "smoothing above 1": (LOGITS, TARGET, {"label_smoothing": 1.5}, ValueError, r"in \[0, 1\], got 1.5"),
+    "NaN smoothing": (LOGITS, TARGET, {"label_smoothing": np.nan}, ValueError, r"in \[0, 1\], got nan"),
+    "negative strength": (LOGITS, TARGET, {"strength": -0.1}, ValueError, r"strength must be in \[0, 1\], got -0.1"),
+    "too many weights": (
+        LOGITS,
+        TARGET,
+        {"weight": np.ones(4)},
+        ValueError,
+        r"each of the 3 classes, got shape \(4,\)",
+    ),
+    "text as weights": (LOGITS, TARGET, {"weight": list("abc")}, TypeError, "weight must hold real numbers, got <U1"),
+    "ignoring a probability": (
+        LOGITS,
+        LOGITS,
+        {"ignore_index": 1},
+        ValueError,
+        "negative for a floating target, got 1",
+    ),
+    "an unknown option": (LOGITS, TARGET, {"gamma": 2}, TypeError, "gamma"),
+}
+
+
+@pytest.mark.parametrize("function", [ref.forward, ref.backward, ext.forward, ext.backward, ext.forward_backward])
+@pytest.mark.parametrize(("logits", "target", "options", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_numpy_faces_refuse(function, logits, target, options, error, message):
+    with pytest.raises(error, match=message):
+        function(logits, target, **options)
+
+
+@pytest.mark.parametrize("function", [ref.backward, ext.backward])
+def test_grad_output_is_a_number_or_one_a_sample(function):
+    with pytest.raises(ValueError, match=r"be a number, got shape \(4,\)"):
+        function(LOGITS, TARGET, np.ones(4))
+    with pytest.raises(ValueError, match=r"the loss's shape \(4,\), got shape \(3,\)"):
+        function(LOGITS, TARGET, np.ones(3), reduction="none")
+    with pytest.raises(TypeError, match="grad_output must hold real numbers, got <U1"):
+        function(LOGITS, TARGET, "1")
+
+
+def test_the_hessian_product_wants_a_vector_like_the_logits():
+    with pytest.raises(ValueError, match=r"the logits' shape \(4, 3\), got \(3,\)"):
+        ref.hessian_vector_product(LOGITS, TARGET, np.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.longdouble, np.int64])
+def test_the_kernel_takes_float32_and_float64_only(dtype):
+    with pytest.raises(TypeError, match=f"float32 or float64, got {np.dtype(dtype)}"):
+        ext.forward(LOGITS.astype(dtype), TARGET)
+
+
+def test_out_must_fit_be_writable_and_stand_apart():
+    read_only = np.zeros((4, 3))
+    read_only.flags.writeable = False
+    logits = LOGITS.copy()
+    for out, message in (
+        (np.zeros((3, 4)), r"shape \(4, 3\), got a writable float64 array of shape \(3, 4\)"),
+        (np.zeros((4, 3), np.float32), "got a writable float32"),
+        (read_only, "got a read-only"),
+        (logits, "shares memory with an input"),
+        (logits[::-1], "shares memory with an input"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ext.forward_backward(logits, TARGET, out=out)
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        ext.forward_backward(LOGITS, TARGET, threads=0)
+
+
+IN_TORCH = {
+    "a class too large": (torch.zeros(4, 3), torch.tensor([0, 1, 3, 0]), {}),
+    "too few targets": (torch.zeros(4, 3), torch.zeros(3, dtype=torch.long), {}),
+    "a column of targets": (torch.zeros(4, 3), torch.zeros(4, 1, dtype=torch.long), {}),
+    "two targets for one sample": (torch.zeros(3), torch.zeros(2, dtype=torch.long), {}),
+    "an image of another size": (torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 3, dtype=torch.long), {}),
+    "integers in the logits' shape": (torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.long), {}),
+    "floating classes": (torch.zeros(4, 3), torch.zeros(4), {}),
+    "boolean classes": (torch.zeros(4, 3), torch.zeros(4, dtype=torch.bool), {}),
+    "integer logits": (torch.zeros(4, 3, dtype=torch.long), torch.zeros(4, dtype=torch.long), {}),
+    "complex logits": (torch.zeros(4, 3, dtype=torch.complex64), torch.zeros(4, dtype=torch.long), {}),
+    "no dimension": (torch.tensor(1.0), torch.tensor(0), {}),
+    "an array": (np.zeros((4, 3)), torch.zeros(4, dtype=torch.long), {}),
+    "an unknown reduction": (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), {"reduction": "avg"}),
+    "smoothing above 1": (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), {"label_smoothing": 1.5}),
+    "too many weights": (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), {"weight": torch.ones(4)}),
+    "weights of another dtype": (
+        torch.zeros(4, 3),
+        torch.zeros(4, dtype=torch.long),
+        {"weight": torch.ones(3).double()},
+    ),
+    "ignoring a probability": (torch.zeros(4, 3), torch.zeros(4, 3), {"ignore_index": 1}),
+}
+
+
+@pytest.mark.parametrize(("input", "target", "options"), IN_TORCH.values(), ids=IN_TORCH.keys())
+def test_torch_refuses_what_cross_entropy_refuses_and_by_the_same_type(input, target, options):
+    with pytest.raises(Exception) as by_torch:
+        torch.nn.functional.cross_entropy(input, target, **options)
+    with pytest.raises(by_torch.type):
+        lace_loss(input, target, **options)
+
+
+def test_torch_names_the_bad_class_and_its_place():
+    for requires_grad in (False, True):
+        with pytest.raises(IndexError, match=r"target\[2\] is 3, not a class: 0 to 2"):
+            lace_loss(torch.zeros(4, 3, requires_grad=requires_grad), torch.tensor([0, 1, 3, 0]))
+    with pytest.raises(IndexError, match=r"target\[2\] is 3, not a class: 0 to 2"):
+        lace_loss(torch.zeros(4, 3, dtype=torch.float16), torch.tensor([0, 1, 3, 0]))
+
+
+def test_torch_refuses_what_cross_entropy_would_silently_take_for_0():
+    with pytest.raises(RuntimeError, match=r"between 0.0 and 1.0. Got: -0.5"):
+        lace_loss(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), label_smoothing=-0.5)
+    with pytest.raises(ValueError, match=r"strength must be in \[0, 1\], got 2"):
+        LACELoss(strength=2)(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))

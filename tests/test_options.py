@@ -1,0 +1,138 @@
+"""Every option, shape and target kind: the implementations agree with `ref`, and `ref` at strength 0 with torch."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from tolerances import COMPOSITE, DIFFERENCES, FLOAT32, FLOAT64
+
+from lace_loss import ext, ref
+from lace_loss.ext import torch as lace_torch
+
+SHAPES = [(7,), (5, 7), (2, 7, 3, 2), (0, 7), (3, 1)]
+OPTIONS = [
+    {"reduction": reduction, "label_smoothing": e, "strength": s, "weight": weight, "ignore_index": ignored}
+    for reduction, e, s, weight, ignored in product(
+        ("none", "mean", "sum"), (0.0, 0.3), (0.0, 0.5, 1.0), (None, "uneven"), (-100, 0)
+    )
+]
+
+
+def problem(shape, kind, options, dtype=np.float64):
+    """Logits, target, the loss's gradient and the options with their arrays."""
+    rng = np.random.default_rng(len(shape))
+    axis = min(1, len(shape) - 1)
+    samples = shape[:axis] + shape[axis + 1 :]
+    logits = 4 * rng.normal(size=shape)
+    if kind == "classes":
+        target = rng.integers(0, shape[axis], samples)
+    else:
+        target = rng.uniform(size=shape)
+        target /= target.sum(axis, keepdims=True)
+    options = dict(options)
+    if options["weight"]:
+        options["weight"] = rng.uniform(size=shape[axis]).astype(dtype)
+    grad_output = rng.normal(size=samples if options["reduction"] == "none" else ())
+    as_target = target if kind == "classes" else target.astype(dtype)
+    return logits.astype(dtype), as_target, np.asarray(grad_output, dtype), options
+
+
+def each_problem(dtype=np.float64):
+    for shape, kind, options in product(SHAPES, ("classes", "probabilities"), OPTIONS):
+        if kind == "classes" or options["ignore_index"] < 0:
+            yield (shape, kind, options), problem(shape, kind, options, dtype)
+
+
+def assert_close(got, wanted, tolerance, case):
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted)
+    assert got.shape == wanted.shape, case
+    largest = np.nanmax(np.abs(wanted), initial=1.0) if np.isfinite(wanted).any() else 1.0
+    assert np.array_equal(np.isnan(got), np.isnan(wanted)), case
+    assert np.nanmax(np.abs(got - wanted), initial=0) <= tolerance * largest if np.isfinite(wanted).any() else True, (
+        case
+    )
+
+
+def in_torch(function, logits, target, grad_output, weight=None, **options):
+    """Loss and gradient of a torch loss function."""
+    input = torch.tensor(logits, requires_grad=True)
+    loss = function(input, torch.tensor(target), None if weight is None else torch.tensor(weight), **options)
+    loss.backward(torch.tensor(grad_output))
+    return loss.detach().numpy(), input.grad.numpy()
+
+
+def test_the_kernel_agrees_with_the_reference():
+    for dtype, tolerance in ((np.float64, FLOAT64), (np.float32, FLOAT32)):
+        for case, (logits, target, grad_output, options) in each_problem(dtype):
+            loss, gradient = ext.forward_backward(logits, target, grad_output, **options)
+            assert loss.dtype == gradient.dtype == dtype
+            assert_close(loss, ref.forward(logits, target, **options), tolerance, case)
+            assert_close(gradient, ref.backward(logits, target, grad_output, **options), tolerance, case)
+            assert_close(ext.forward(logits, target, **options), loss.astype(float), 0, case)
+            assert_close(ext.backward(logits, target, grad_output, **options), gradient.astype(float), 0, case)
+
+
+@pytest.mark.parametrize("path", ["kernel", "composite"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_torch_agrees_with_the_reference(path, dtype, monkeypatch):
+    if path == "composite":
+        monkeypatch.setattr(lace_torch, "_kernel_applies", lambda *_: False)
+    for case, (logits, target, grad_output, options) in each_problem(dtype):
+        loss, gradient = in_torch(lace_torch.lace_loss, logits, target, grad_output, **options)
+        assert loss.dtype == gradient.dtype == dtype
+        tolerance = COMPOSITE[np.dtype(dtype).name]
+        assert_close(loss, ref.forward(logits, target, **options), tolerance, case)
+        assert_close(gradient, ref.backward(logits, target, grad_output, **options), tolerance, case)
+
+
+def test_strength_0_is_torch_cross_entropy():
+    for case, (logits, target, grad_output, options) in each_problem():
+        if options.pop("strength") == 0:
+            loss, gradient = in_torch(torch.nn.functional.cross_entropy, logits, target, grad_output, **options)
+            assert_close(loss, ref.forward(logits, target, strength=0, **options), FLOAT64, case)
+            assert_close(gradient, ref.backward(logits, target, grad_output, strength=0, **options), FLOAT64, case)
+
+
+def test_backward_is_the_slope_of_forward_and_the_hessian_product_that_of_backward():
+    h = 1e-5
+    for case, (logits, target, grad_output, options) in each_problem():
+        v = np.random.default_rng(1).normal(size=logits.shape)
+        slope = (ref.forward(logits + h * v, target, **options) - ref.forward(logits - h * v, target, **options)) / (
+            2 * h
+        )
+        expected = np.sum(np.asarray(slope) * grad_output)
+        gradient = ref.backward(logits, target, grad_output, **options)
+        if np.isfinite(expected):
+            assert abs(np.sum(gradient * v) - expected) <= DIFFERENCES, case
+        bend = [ref.backward(logits + step * v, target, grad_output, **options) for step in (h, -h)]
+        product_ = ref.hessian_vector_product(logits, target, v, grad_output, **options)
+        assert_close(product_, (bend[0] - bend[1]) / (2 * h), DIFFERENCES, case)
+
+
+def test_one_hot_probabilities_are_a_class():
+    logits, target, _, _ = problem((5, 7), "classes", OPTIONS[0])
+    one_hot = np.eye(7)[target]
+    for function in (ref.forward, ref.backward, ext.forward, ext.backward):
+        assert_close(function(logits, one_hot), function(logits, target), FLOAT64, function)
+
+
+def test_mixtures_of_probability_targets_mix_the_loss():
+    """Linear in the target, so mixup's pair of losses is the loss of the mixture."""
+    logits, y, _, _ = problem((5, 7), "probabilities", OPTIONS[0])
+    other = np.roll(y, 1, axis=0)
+    mixed = ref.forward(logits, 0.3 * y + 0.7 * other)
+    assert_close(mixed, 0.3 * ref.forward(logits, y) + 0.7 * ref.forward(logits, other), FLOAT64, "mixture")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_the_number_of_threads_changes_no_bit(threads):
+    rng = np.random.default_rng(0)
+    logits, target = rng.normal(size=(3000, 401)).astype(np.float32), rng.integers(0, 401, 3000)
+    loss, gradient = ext.forward_backward(logits, target, reduction="none", threads=threads)
+    alone = [
+        ext.forward_backward(row, t, reduction="none", threads=1)
+        for row, t in zip(logits[::97], target[::97], strict=True)
+    ]
+    assert loss[::97].tobytes() == np.array([row_loss for row_loss, _ in alone]).tobytes()
+    assert gradient[::97].tobytes() == np.array([row_gradient for _, row_gradient in alone]).tobytes()

@@ -1,0 +1,52 @@
+"""What is installed, and what importing it touches."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests", check=True
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    {
+        "lace_loss.ref": "forward backward hessian_vector_product",
+        "lace_loss.ext": "forward backward forward_backward",
+        "lace_loss.ext.torch": "LACELoss lace_loss",
+        "lace_loss.train": "",
+    }.items(),
+)
+def test_public_names_are_where_the_readme_says(module, names):
+    run(f"from {module} import {', '.join(names.split()) or '__doc__'}")
+
+
+def loaded(modules, prefix):
+    """Modules whose name begins with one of `prefix` after importing `modules`."""
+    return run(f"import sys, {modules}; print([m for m in sys.modules if m.startswith({prefix})])").strip()
+
+
+def test_ref_and_ext_need_numpy_only():
+    assert loaded("lace_loss.ref, lace_loss.ext", ("torch", "matplotlib", "scipy")) == "[]"
+
+
+def test_ref_knows_nothing_of_ext():
+    assert loaded("lace_loss.ref", ("lace_loss.ext", "lace_loss.train")) == "[]"
+
+
+def test_no_module_is_loaded_twice_under_its_folder_name():
+    modules = "lace_loss.ref, lace_loss.ext.torch, lace_loss.train"
+    assert run(f"import sys, {modules}; print({{'ref', 'ext', 'train'}} & set(sys.modules))").strip() == "set()"
+
+
+def test_the_version_stands_in_one_place():
+    assert f'version = "{version("lace-loss")}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"## {version('lace-loss')}" in (ROOT / "CHANGELOG.md").read_text()
