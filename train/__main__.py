@@ -1,0 +1,109 @@
+"""Train with cross entropy and LACE, several seeds each, or report on the records of such runs.
+
+Without options it trains on scikit-learn's handwritten digits, offline, in seconds; `--data cifar100` is the paper's
+experiment. A run that was stopped goes on from its last epoch when the same command is given again.
+"""
+
+import argparse
+import math
+import re
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+from .config import DIGITS, Config, TrainError
+from .data import load
+from .loop import run
+from .report import report
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise TrainError(message)
+
+
+def seeds(text: str) -> list[int]:
+    """The numbers meant by `0-4`, `0,2,5` or `3`, in order."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+        numbers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not numbers or set(numbers) & set(found):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of different seeds such as 0-4, 0,2,5 or 3")
+        found += numbers
+    return found
+
+
+def parser() -> Parser:
+    top = Parser("python -m lace_loss.train", description=__doc__)
+    top.add_argument("--data", default="digits", help="digits (default), cifar100, or a folder with train/ and test/")
+    top.add_argument("--loss", default="both", choices=("ce", "lace", "both"), help="default both")
+    top.add_argument("--seeds", type=seeds, default=[0], help="such as 0-4, 0,2,5 or 3; default 0")
+    top.add_argument("--out", type=Path, default="runs", help="folder of records, checkpoints and curves; default runs")
+    top.add_argument("--root", default="data", help="where cifar100 lies or is downloaded to; default data")
+    top.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default cuda if there is one")
+    top.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default %(default)s")
+    recipe = top.add_argument_group("recipe", "defaults are the paper's, in brackets those of --data digits")
+    for f in fields(Config):
+        if f.name not in ("data", "loss", "seed"):
+            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+            digits = f" [{DIGITS[f.name]}]" if f.name in DIGITS else ""
+            meaning = f"{f.metadata['help']}; {f.default}{digits}"
+            recipe.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=meaning, **kind)
+    commands = top.add_subparsers(dest="command", metavar="report")
+    table = commands.add_parser("report", help="table and curves of records")
+    table.add_argument("records", nargs="*", type=Path, default=[Path("runs")], help="files or folders; default runs")
+    table.add_argument("--json", action="store_true", help="the same figures as JSON")
+    return top
+
+
+def train(args: argparse.Namespace, command: str) -> list[Path]:
+    """Every run that the flags ask for; the paths of their records."""
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args and f.name not in ("data", "loss")}
+    if "epochs" in given:
+        given.setdefault("lr_step", math.ceil(given["epochs"] / 4))
+    recipe = (DIGITS if args.data == "digits" else {}) | given
+    losses = ("ce", "lace") if args.loss == "both" else (args.loss,)
+    # Cross entropy is strength 0, so its records serve beside LACE of every strength.
+    zero: dict[str, dict[str, Any]] = {"ce": {"strength": 0.0}, "lace": {}}
+    name = Path(args.data).resolve().name
+    configs = [Config(name, loss, seed, **(recipe | zero[loss])) for seed in args.seeds for loss in losses]
+    if args.threads < 1:
+        raise TrainError(f"--threads must be at least 1, got {args.threads}")
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.deterministic = True
+    device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    if args.device == "cuda" != device:
+        raise TrainError("--device cuda: torch sees no CUDA device")
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = load(args.data, args.root, torch.device(device))
+    images = len(configs) * configs[0].epochs * len(data.images)
+    with tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
+        return [run(config, data, args.out, command, bar) for config in configs]
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0, 2 after an error that its message tells how to put right, 130 after Ctrl-C."""
+    command = shlex.join(["python", "-m", "lace_loss.train", *arguments])
+    try:
+        args = parser().parse_args(arguments)
+        if args.command == "report":
+            report(args.records, args.json)
+        else:
+            report(train(args, command))
+    except (TrainError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from the last finished epoch: {command}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

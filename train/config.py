@@ -1,0 +1,45 @@
+"""Every setting of a run, and the one exception for what its user can put right."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class TrainError(Exception):
+    """A wrong setting, data folder, record or checkpoint; shown as one line."""
+
+
+def setting(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. The values are the paper's recipe for CIFAR-100; `DIGITS` lists what the small data set changes."""
+
+    data: str = setting("cifar100", "digits, cifar100, or the name of an image folder")
+    loss: str = setting("lace", "ce or lace")
+    seed: int = setting(0, "of the initial weights, the order of the images, crops and flips")
+    width: int = setting(64, "channels of the first stage")
+    strength: float = setting(1.0, "strength of LACE: 1 is the paper's, 0 is cross entropy")
+    epochs: int = setting(200, "passes over the training images")
+    batch: int = setting(100, "images a step")
+    lr: float = setting(0.1, "learning rate at the start")
+    lr_step: int = setting(50, "epochs between drops of the learning rate; a quarter of --epochs where that is given")
+    lr_drop: float = setting(0.1, "factor of each drop")
+    momentum: float = setting(0.9, "of SGD")
+    weight_decay: float = setting(5e-4, "of SGD, on every parameter")
+    pad: int = setting(4, "pixels of zeros around an image before the random crop")
+    flip: bool = setting(True, "mirror every other image at random")
+
+    def __post_init__(self) -> None:
+        for name in ("width", "epochs", "batch", "lr_step"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.pad < 0:
+            raise TrainError(f"--pad must be at least 0, got {self.pad}")
+        if not 0 <= self.strength <= 1:
+            raise TrainError(f"--strength must be in [0, 1], got {self.strength}")
+
+
+# 8x8 pixels: one is the eighth that 4 of 32 are. A mirrored digit is another sign or none.
+DIGITS: dict[str, Any] = {"width": 8, "epochs": 30, "lr_step": 8, "pad": 1, "flip": False}

@@ -1,0 +1,136 @@
+"""Data sets as uint8 tensors on one device, and their augmentation there.
+
+A pixel x reaches the model as x / 255 - mean, where `mean` holds one value for every pixel position and channel, taken
+over the training images. Crops come after that (He et al. 2016): the zeros padded around an image stand for the mean.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .config import TrainError
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images (N, C, H, W) uint8, labels (N,) int64 in [0, classes), mean (C, H, W) float32 in [0, 1]."""
+
+    name: str
+    classes: int
+    sha256: str  # of the four tensors' bytes
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    mean: Tensor
+
+
+def normalised(images: Tensor, mean: Tensor) -> Tensor:
+    return images.float().div_(255).sub_(mean)
+
+
+def crop(images: Tensor, offsets: Tensor, pad: int) -> Tensor:
+    """Window of the images' size at row and column `offsets` (N, 2), in [0, 2 pad], of the zero-padded (N, C, H, W)."""
+    n, channels, height, width = images.shape
+    device = images.device
+    rows = offsets[:, 0, None] + torch.arange(height, device=device)
+    columns = offsets[:, 1, None] + torch.arange(width, device=device)
+    image = torch.arange(n, device=device)[:, None, None, None]
+    channel = torch.arange(channels, device=device)[:, None, None]
+    return F.pad(images, [pad] * 4)[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def flip(images: Tensor, chosen: Tensor) -> Tensor:
+    """Mirror left and right the images that `chosen` (N,) bool names."""
+    return torch.where(chosen[:, None, None, None], images.flip(3), images)
+
+
+def draws(seed: int, epoch: int, n: int, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order (n,), crop offsets (n, 2) and flips (n,) bool of an epoch.
+
+    A function of seed and epoch alone, so that a resumed run needs no state of a random generator.
+    """
+    random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order, offsets, flips = random.permutation(n), random.integers(0, 2 * pad + 1, (n, 2)), random.random(n) < 0.5
+    return torch.from_numpy(order), torch.from_numpy(offsets), torch.from_numpy(flips)
+
+
+def load(data: str, root: str, device: torch.device) -> Data:
+    """`digits`, `cifar100` (below `root`, downloaded when missing), or a folder with train/ and test/.
+
+    Raises TrainError for a folder that is missing or not laid out so, images of several sizes, a failed download.
+    """
+    if data == "digits":
+        arrays, classes = digits(), 10
+    elif data == "cifar100":
+        arrays, classes = cifar100(root), 100
+    else:
+        arrays, classes = folder(Path(data))
+    arrays = [np.ascontiguousarray(array) for array in arrays]
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.data)
+    mean = (arrays[0].mean(0, dtype=np.float64) / 255).astype(np.float32)
+    tensors = [torch.from_numpy(array).to(device) for array in (*arrays, mean)]
+    return Data(Path(data).resolve().name, classes, digest.hexdigest(), *tensors)
+
+
+Arrays = list[np.ndarray]  # images and labels for training, then for testing
+
+
+def digits() -> Arrays:
+    """1,797 handwritten digits, 8x8; every fifth is a test image, which spreads the writers over both parts."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    labels = bunch.target.astype(np.int64)
+    test = np.arange(len(labels)) % 5 == 0
+    return [images[~test], labels[~test], images[test], labels[test]]
+
+
+def cifar100(root: str) -> Arrays:
+    from torchvision.datasets import CIFAR100
+
+    try:
+        parts = [CIFAR100(root, train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise TrainError(f"cifar100 is not below {root!r} and could not be downloaded: {error}") from error
+    return [array for part in parts for array in (part.data.transpose(0, 3, 1, 2), np.array(part.targets))]
+
+
+def folder(path: Path) -> tuple[Arrays, int]:
+    """The image folder's arrays and its number of classes, which are numbered by name, as torchvision does."""
+    from torchvision.datasets import ImageFolder
+
+    parts = []
+    for split in ("train", "test"):
+        if not (path / split).is_dir():
+            raise TrainError(f"--data {str(path)!r} must be digits, cifar100 or a folder with train/ and test/")
+        try:
+            parts.append(ImageFolder(path / split))
+        except FileNotFoundError as error:
+            raise TrainError(f"{path / split} must hold a folder of images for every class: {error}") from error
+    train, test = parts
+    if unknown := sorted(set(test.classes) - set(train.classes)):
+        raise TrainError(f"{path / 'test'} has classes that train/ lacks: {', '.join(unknown)}")
+    samples = [(file, train.class_to_idx[part.classes[label]]) for part in parts for file, label in part.samples]
+    pixels: list[np.ndarray] = []
+    for file, _ in tqdm(samples, desc=f"reading {path.name}", unit=" images", disable=None):
+        try:
+            image = np.asarray(train.loader(file))
+        except OSError as error:
+            raise TrainError(f"{file} is not an image: {error}") from error
+        if pixels and image.shape != pixels[0].shape:
+            (height, width), (rows, columns) = pixels[0].shape[:2], image.shape[:2]
+            raise TrainError(f"{file} is {columns}x{rows} pixels, the images before it {width}x{height}")
+        pixels.append(image)
+    images, labels = np.stack(pixels).transpose(0, 3, 1, 2), np.array([label for _, label in samples])
+    n = len(train)
+    return [images[:n], labels[:n], images[n:], labels[n:]], len(train.classes)

@@ -1,0 +1,46 @@
+"""ResNet-18 for small images: a 3x3 stem without pooling, four stages of two blocks, widths w, 2w, 4w, 8w."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def conv(channels_in: int, channels: int, size: int, stride: int = 1) -> nn.Sequential:
+    """Convolution and batch normalisation, which makes a bias useless."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(channels)
+    )
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, 1x1 where the shape changes."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.first = conv(channels_in, channels, 3, stride)
+        self.second = conv(channels, channels, 3)
+        same = stride == 1 and channels_in == channels
+        self.shortcut = nn.Identity() if same else conv(channels_in, channels, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    """(N, channels, H, W) images to (N, classes) logits; 11,220,132 parameters at width 64 with 100 classes."""
+
+    def __init__(self, width: int, classes: int, channels: int = 3) -> None:
+        super().__init__()
+        self.stem = conv(channels, width, 3)
+        blocks = []
+        channels = width
+        for stage in range(4):
+            for stride in (1 if stage == 0 else 2, 1):
+                blocks.append(Block(channels, width << stage, stride))
+                channels = width << stage
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A mean over the pixels, not adaptive pooling: the backward of that one is not deterministic on CUDA.
+        logits: Tensor = self.head(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
+        return logits

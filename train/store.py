@@ -1,0 +1,146 @@
+"""What a run leaves on disk: its record and its checkpoint, both written whole or not at all.
+
+A record is a JSON Lines file: the header (settings, versions, data, device), a line an epoch, and once the run is
+finished a last line with `"final": true` and the last epoch's figures. Errors are in percent. The training loss is the
+run's own loss on augmented images, so that of one loss does not compare with that of the other; `test_nll` does.
+
+A checkpoint is the SHA-256 of what follows, in hexadecimal, a line feed, and a `torch.save`d dict: header, log (the
+record's epochs), model, optimizer. The generation before stays beside it until the run is finished.
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config, TrainError
+from .data import Data
+
+Record = dict[str, Any]
+
+FIGURES = ("train_loss", "train_top1_error", "top1_error", "top5_error", "test_nll")
+# What must not change within a run. The commit may: one that edits the README must not strand a long run.
+IDENTITY = (*(f.name for f in fields(Config)), "data_sha256", "device", "threads")
+
+
+def describe(config: Config, data: Data, command: str) -> Record:
+    """The header of a record."""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return asdict(config) | {
+        "train_images": len(data.images),
+        "test_images": len(data.test_images),
+        "classes": data.classes,
+        "data_sha256": data.sha256,
+        "device": torch.cuda.get_device_name() if data.images.is_cuda else cpu,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "numpy", "lace-loss")},
+        "commit": commit(),
+        "command": command,
+    }
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def commit() -> str | None:
+    """Commit of this checkout, "-dirty" appended where files differ from it; None for an installed copy."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        # An installed copy may lie inside another project's checkout: ask whether this file is tracked.
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, capture_output=True)
+        described = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(described, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def refuse_other(path: Path, found: Record, header: Record) -> None:
+    for key in IDENTITY:
+        if found[key] != header[key]:
+            raise TrainError(
+                f"{path} is of a run with {key} = {found[key]!r}, this one has {header[key]!r}: choose another --out"
+            )
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace the file by one that is on the disk already: a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_record(path: Path, header: Record, log: list[Record], final: Record | None = None) -> None:
+    lines = [header, *log] if final is None else [header, *log, final]
+    write(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+
+
+def read_record(path: Path) -> Record:
+    """Header and final line merged, the epochs' lines under `epochs_log`; no key `final` while the run is unfinished.
+
+    Raises TrainError, which names the file and the line, for what is not a record.
+    """
+    lines: list[Record] = []
+    for number, text in enumerate(path.read_text(errors="replace").split("\n")[:-1] or [""], 1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise TrainError(f"{path}, line {number}: not JSON, perhaps cut short") from error
+        required = IDENTITY if number == 1 else FIGURES
+        if not isinstance(lines[-1], dict) or (missing := [key for key in required if key not in lines[-1]]):
+            lacks = f": it lacks {', '.join(missing)}" if isinstance(lines[-1], dict) else ""
+            raise TrainError(f"{path}, line {number}: not a line of a record{lacks}")
+    header, *log = lines
+    final = log.pop() if log and "final" in log[-1] else {}
+    return header | final | {"epochs_log": log}
+
+
+def previous(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")
+
+
+def save_checkpoint(path: Path, state: Record) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    if path.exists():
+        os.replace(path, previous(path))
+    write(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def load_checkpoint(path: Path, device: torch.device) -> Record | None:
+    """The newest generation that is whole, or None where there was none yet.
+
+    Raises TrainError where every generation is damaged.
+    """
+    damaged: list[Path] = []
+    for file in (path, previous(path)):
+        if not file.exists():
+            continue
+        digest, _, content = file.read_bytes().partition(b"\n")
+        if hashlib.sha256(content).hexdigest().encode() == digest:
+            for bad in damaged:
+                print(f"{bad} is damaged: going back to {file}", file=sys.stderr)
+                bad.unlink()  # or the next save would put it in the place of the good one
+            state: Record = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+            return state
+        damaged.append(file)
+    if damaged:
+        raise TrainError(f"{' and '.join(map(str, damaged))} damaged (SHA-256 differs): remove to start this run again")
+    return None
