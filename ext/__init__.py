@@ -112,7 +112,7 @@ def _run(
     if w is not None and w.shape != (classes,):
         raise ValueError(f"weight must have one value for each of the {classes} classes, got shape {w.shape}")
 
-    classes_of_rows = probability = None
+    indices = probability = None
     if y.dtype.kind == "f":
         if y.shape != logits.shape:
             raise ValueError(f"a floating target must have the logits' shape {logits.shape}, got {y.shape}")
@@ -122,13 +122,13 @@ def _run(
     elif y.dtype.kind in "iu":
         if y.shape != shape:
             raise ValueError(f"an integer target must have shape {shape} for logits of {logits.shape}, got {y.shape}")
-        classes_of_rows = np.ascontiguousarray(y, np.int64).reshape(-1)
+        indices = np.ascontiguousarray(y, np.int64).reshape(-1)
     else:
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
 
     divisor = np.float64(1)
-    if reduction == "mean" and classes_of_rows is not None:
-        kept = classes_of_rows[classes_of_rows != ignore_index]
+    if reduction == "mean" and indices is not None:
+        kept = indices[indices != ignore_index]
         divisor = np.float64(len(kept)) if w is None else w.take(kept, mode="clip").sum(dtype=np.float64)
     elif reduction == "mean":
         divisor = np.float64(len(z))
@@ -145,12 +145,14 @@ def _run(
         losses = np.empty(len(z), dtype)
 
         def part(some: slice) -> int:
-            arrays = (losses, rows, z, classes_of_rows, probability, scale)
-            parts = [None if array is None else array[some] for array in arrays]
-            wrong = _cpu.rows(*parts, w, ignore_index, label_smoothing, strength)
-            return wrong if wrong < 0 else wrong + some.start
+            def of(array: Array | None) -> Array | None:
+                return None if array is None else array[some]
 
-        count = min(threads or len(os.sched_getaffinity(0)), max(1, z.size // _LOGITS_WORTH_A_THREAD))
+            options = (w, ignore_index, label_smoothing, strength)
+            wrong = _cpu.rows(losses[some], z[some], of(rows), of(indices), of(probability), of(scale), *options)
+            return wrong if wrong < 0 else wrong + int(some.start)
+
+        count = min(threads or os.cpu_count() or 1, max(1, z.size // _LOGITS_WORTH_A_THREAD))
         edges = np.linspace(0, len(z), count + 1).astype(int)
         slices = [slice(a, b) for a, b in pairwise(edges)]
         if count == 1:
@@ -161,7 +163,7 @@ def _run(
         if wrong >= 0:
             place = [int(i) for i in np.unravel_index(wrong, shape)]
             raise IndexError(f"target{place or ''} is {y[tuple(place)]}, not a class: 0 to {classes - 1}")
-        if rows is not None and not np.may_share_memory(rows, gradient):
+        if gradient is not None and rows is not None and not np.may_share_memory(rows, gradient):
             np.moveaxis(gradient, _class_axis(gradient), -1)[...] = rows.reshape(*shape, classes)
         if reduction == "none":
             return losses.reshape(shape)[()]

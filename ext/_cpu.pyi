@@ -4,8 +4,8 @@ from numpy.typing import NDArray
 
 def rows(
     loss: NDArray[Any],
-    gradient: NDArray[Any] | None,
     logits: NDArray[Any],
+    gradient: NDArray[Any] | None,
     target: NDArray[Any] | None,
     probability: NDArray[Any] | None,
     scale: NDArray[Any] | None,

@@ -37,7 +37,7 @@ cdef void *address(object array, int flags) except? NULL:
     return view.buf
 
 
-def rows(loss, gradient, logits, target, probability, scale, weight, int64_t ignore_index, double label_smoothing,
+def rows(loss, logits, gradient, target, probability, scale, weight, int64_t ignore_index, double label_smoothing,
          double strength):
     """lace_rows_f32 or _f64, by the item size of `logits` (N, C); all arrays of one dtype, `target` int64."""
     cdef void *out_loss = address(loss, PyBUF_WRITABLE)

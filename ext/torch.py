@@ -62,7 +62,7 @@ def lace_loss(
     if not _is_well_formed(input, target, weight, ignore_index, reduction, label_smoothing):
         F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    options = {
+    options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "reduction": reduction,
         "label_smoothing": label_smoothing,
@@ -138,7 +138,7 @@ def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
         and input.dtype in (torch.float32, torch.float64)
         and target.shape != input.shape
         and not (weight is not None and weight.requires_grad)
-        and forward_ad.unpack_dual(input).tangent is None
+        and forward_ad.unpack_dual(input).tangent is None  # type: ignore[no-untyped-call]
     )
 
 
@@ -205,7 +205,7 @@ def _composite(
     e, classes = label_smoothing, z.shape[axis]
     if target.shape == input.shape:
         losses = (_loss_of_every_class(z, axis, strength, (1 - e) * target + e / classes) * every_w).sum(axis)
-        divisor = losses.numel()
+        divisor: Tensor | int = losses.numel()
     else:
         kept = target != ignore_index
         t = target.long().masked_fill(~kept, 0)

@@ -85,9 +85,9 @@ class DoubleDouble:
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def scaled(self, exponent: Array) -> DoubleDouble:
+    def scaled(self, exponent: ArrayLike) -> DoubleDouble:
         """self * 2^exponent, exact but for underflow."""
-        n = exponent.astype(np.int64)
+        n = np.asarray(exponent).astype(np.int64)
         return DoubleDouble(np.ldexp(self.high, n), np.ldexp(self.low, n))
 
 
@@ -119,7 +119,7 @@ def total(x: DoubleDouble, axis: int | None = None) -> DoubleDouble:
 def _expm1_in_parts(x: DoubleDouble) -> tuple[Array, DoubleDouble]:
     """n and p with e^x = 2^n (1 + p), |p| < 0.42, p good to 2^-100 of itself."""
     n = np.rint(x.high / LN2.high)
-    r = (x - LN2 * n).scaled(np.float64(-9))  # |r| < 7e-4: the ninth term of the series is below 2^-106
+    r = (x - LN2 * n).scaled(-9)  # |r| < 7e-4: the ninth term of the series is below 2^-106
     p = wide(1 / factorial(8)) * r
     for k in range(7, 0, -1):
         p = (p + wide(1.0) / factorial(k)) * r
@@ -137,6 +137,6 @@ def exp(x: DoubleDouble) -> DoubleDouble:
 
 def log1p(x: DoubleDouble) -> DoubleDouble:
     """log(1 + x) for x >= 0: one Newton step from NumPy's value squares its error."""
-    y = np.log1p(x.high)
-    n, p = _expm1_in_parts(wide(y))
+    y = wide(np.log1p(x.high))
+    n, p = _expm1_in_parts(y)
     return y - (p.scaled(n) + (np.ldexp(1.0, n.astype(np.int64)) - 1.0) - x) / (x + 1.0)

@@ -131,7 +131,7 @@ class _Samples:
 
     def gradient_change(self, v: Array) -> DoubleDouble:
         """dq = q w and dn = -w along v, with w = v - q.v. Equal steps of all logits change nothing: take v_top off."""
-        v_less_top = wide(v) - v[self.is_top][:, None]
+        v_less_top: DoubleDouble = wide(v) - v[self.is_top][:, None]
         w = v_less_top - total(self.q * v_less_top, 1)[:, None]
         dk = w * (self.qn - self.q * 2.0) * self.strength
         return self.q * w * total(self._ak(), 1)[:, None] + self._in_logits(self.a * dk)
