@@ -42,4 +42,4 @@ class Config:
 
 
 # 8x8 pixels: one is the eighth that 4 of 32 are. A mirrored digit is another sign or none.
-DIGITS: dict[str, Any] = {"width": 8, "epochs": 30, "lr_step": 8, "pad": 1, "flip": False}
+DIGITS: dict[str, Any] = {"width": 8, "epochs": 20, "lr_step": 5, "pad": 1, "flip": False}

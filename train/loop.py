@@ -7,6 +7,7 @@ optimizer's momentum and the log of the epochs before are all that a run needs t
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from .store import (
 )
 
 
-def run(config: Config, data: Data, out: Path, command: str, bar: tqdm) -> Path:
+def run(config: Config, data: Data, out: Path, command: str, bar: "tqdm[NoReturn]") -> Path:
     """Train one model, from the last checkpoint if there is one, and return the path of its record.
 
     Raises TrainError where files in `out` belong to another run, no checkpoint is whole, or the loss is not finite.
@@ -47,7 +48,7 @@ def run(config: Config, data: Data, out: Path, command: str, bar: tqdm) -> Path:
         refuse_other(record_path, record, header)
         if "final" in record:
             bar.write(f"{name}: already finished", file=sys.stderr)
-            bar.total -= config.epochs * n
+            bar.total = (bar.total or 0) - config.epochs * n
             return record_path
     if n % config.batch == 1:
         raise TrainError(f"batch normalisation needs two images: {n} in batches of {config.batch} leave one over")
@@ -66,7 +67,7 @@ def run(config: Config, data: Data, out: Path, command: str, bar: tqdm) -> Path:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         bar.write(f"{name}: resumed after epoch {len(log)}", file=sys.stderr)
-        bar.total -= len(log) * n
+        bar.total = (bar.total or 0) - len(log) * n
     write_record(record_path, header, log)
 
     for epoch in range(len(log), config.epochs):
@@ -84,7 +85,7 @@ def run(config: Config, data: Data, out: Path, command: str, bar: tqdm) -> Path:
         if len(bad):
             raise TrainError(
                 f"{name}: the loss is {losses[bad[0]].item()} in epoch {epoch + 1}, step {bad[0].item() + 1} of"
-                f" {len(losses)}; the checkpoint of epoch {epoch} is kept"
+                f" {len(losses)}; the epochs before it are kept"
             )
         figures |= evaluate(model, data)
         seconds = time.perf_counter() - start
@@ -111,13 +112,13 @@ def train_epoch(
     config: Config,
     data: Data,
     epoch: int,
-    bar: tqdm,
+    bar: "tqdm[NoReturn]",
 ) -> tuple[Tensor, Tensor]:
     """Loss of every step (float64) and rank of every image; nothing is read back from the device before the end."""
     losses, ranks = [], []
     model.train()
     drawn = [values.to(data.images.device) for values in draws(config.seed, epoch, len(data.images), config.pad)]
-    for index, offsets, flips in zip(*(values.split(config.batch) for values in drawn), strict=True):
+    for index, offsets, flips in zip(*(torch.split(values, config.batch) for values in drawn), strict=True):
         images = crop(normalised(data.images[index], data.mean), offsets, config.pad)
         if config.flip:
             images = flip(images, flips)
@@ -138,14 +139,14 @@ def evaluate(model: nn.Module, data: Data) -> dict[str, float]:
     """Test errors in percent and mean negative log-likelihood; images as they are, 1,000 at a time."""
     model.eval()
     ranks, nll = [], []
-    for images, labels in zip(data.test_images.split(1000), data.test_labels.split(1000), strict=True):
+    for images, labels in zip(torch.split(data.test_images, 1000), torch.split(data.test_labels, 1000), strict=True):
         logits = model(normalised(images, data.mean))
         ranks.append(rank(logits, labels))
         nll.append(F.cross_entropy(logits, labels, reduction="none"))
     every = torch.cat(ranks)
     mean_nll = torch.cat(nll).double().mean().item()
     if not np.isfinite(mean_nll):
-        raise TrainError(f"the test negative log-likelihood is {mean_nll}; the last checkpoint is kept")
+        raise TrainError(f"the test negative log-likelihood is {mean_nll}; the epochs before are kept")
     return {"top1_error": percent(every >= 1), "top5_error": percent(every >= 5), "test_nll": mean_nll}
 
 

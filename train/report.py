@@ -146,7 +146,7 @@ def markdown(summary: dict[str, Any]) -> str:
             f" {PAPER['ce']} % (CE) and {PAPER['lace']} % (LACE)."
         )
     lines += [f"- Unfinished, not counted: {path}" for path in summary["unfinished"]]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def plot(groups: list[list[Record]], path: Path) -> None:

@@ -97,7 +97,7 @@ def read_record(path: Path) -> Record:
     Raises TrainError, which names the file and the line, for what is not a record.
     """
     lines: list[Record] = []
-    for number, text in enumerate(path.read_text(errors="replace").split("\n")[:-1] or [""], 1):
+    for number, text in enumerate(path.read_text(errors="replace").splitlines() or [""], 1):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError as error:

@@ -1,0 +1,485 @@
+"""The experiment: data, model, resuming, records, the report, and what each mistake is answered with."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+for needed in ("torch", "sklearn", "scipy", "matplotlib", "torchvision", "tqdm"):
+    pytest.importorskip(needed)
+
+import torch  # noqa: E402
+
+from lace_loss.train import loop  # noqa: E402
+from lace_loss.train.__main__ import main, seeds  # noqa: E402
+from lace_loss.train.config import Config  # noqa: E402
+from lace_loss.train.data import crop, draws, flip, load, normalised  # noqa: E402
+from lace_loss.train.model import ResNet18  # noqa: E402
+from lace_loss.train.report import difference, report, statistics  # noqa: E402
+from lace_loss.train.store import FIGURES, Record, load_checkpoint, previous, read_record, save_checkpoint  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = ["--epochs", "3", "--width", "1", "--device", "cpu", "--threads", "1"]
+TIMINGS = ("seconds", "images_per_second", "command")
+
+
+def small(out: Path, *more: str) -> list[str]:
+    return [*SMALL, "--loss", "lace", "--out", str(out), *more]
+
+
+def figures(record: Path) -> list[Record]:
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    state = load_checkpoint(next(out.glob("*.checkpoint")), CPU)
+    assert state is not None
+    momentum = {str(k): v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()}
+    return {name: tensor.numpy().tobytes() for name, tensor in (state["model"] | momentum).items()}
+
+
+def images(folder: Path, size: tuple[int, int] = (8, 8), n: int = 3) -> Path:
+    """n PNG files of random RGB pixels of (height, width) `size`."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(len(str(folder.name)))
+    for i in range(n):
+        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished")
+    assert main(small(out)) == 0
+    return out
+
+
+# --- model and data ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "classes", "channels"), [(64, 100, 3), (8, 10, 1)])
+def test_parameters_follow_from_the_architecture(width: int, classes: int, channels: int) -> None:
+    w = width
+    # Convolution weights, then two batch-norm parameters a channel, stage by stage, and the head.
+    count = 9 * channels * w + 2 * w + 4 * (9 * w * w + 2 * w)
+    for k in (2 * w, 4 * w, 8 * w):
+        count += 9 * (k // 2) * k + 3 * 9 * k * k + (k // 2) * k + 5 * 2 * k
+    count += 8 * w * classes + classes
+    model = ResNet18(width, classes, channels)
+    assert sum(p.numel() for p in model.parameters()) == count
+    if width == 64:
+        assert count == 11_220_132
+
+
+def test_stem_keeps_every_pixel_and_stages_halve() -> None:
+    model, shapes = ResNet18(2, 5), []
+    for module in (model.stem, *model.blocks):
+        module.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape[1:])))
+    model(torch.zeros(2, 3, 32, 32))
+    assert shapes == [(2, 32, 32)] * 3 + [(4, 16, 16)] * 2 + [(8, 8, 8)] * 2 + [(16, 4, 4)] * 2
+
+
+def test_crop_equals_numpy_slicing() -> None:
+    random = np.random.default_rng(0)
+    batch = random.normal(size=(50, 3, 7, 9)).astype(np.float32)
+    offsets = random.integers(0, 9, (50, 2))
+    padded = np.pad(batch, ((0, 0), (0, 0), (4, 4), (4, 4)))
+    expected = np.stack([p[:, y : y + 7, x : x + 9] for p, (y, x) in zip(padded, offsets, strict=True)])
+    assert np.array_equal(crop(torch.from_numpy(batch), torch.from_numpy(offsets), 4), expected)
+
+
+def test_flip_mirrors_the_chosen_images_only() -> None:
+    batch = np.random.default_rng(0).normal(size=(4, 2, 3, 5))
+    chosen = np.array([True, False, False, True])
+    expected = np.stack([image[..., ::-1] if c else image for image, c in zip(batch, chosen, strict=True)])
+    assert np.array_equal(flip(torch.from_numpy(batch), torch.from_numpy(chosen)), expected)
+
+
+def test_draws_depend_on_seed_and_epoch_alone_and_cover_every_offset() -> None:
+    first, again, other = draws(3, 5, 2000, 4), draws(3, 5, 2000, 4), draws(3, 6, 2000, 4)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    order, offsets, flips = first
+    assert sorted(order.tolist()) == list(range(2000))
+    assert set(offsets[:, 0].tolist()) == set(offsets[:, 1].tolist()) == set(range(9))
+    assert abs(flips.double().mean().item() - 0.5) < 4 * 0.5 / math.sqrt(2000)
+
+
+def test_per_pixel_mean_is_that_of_the_training_images_and_centres_them() -> None:
+    digits = load("digits", "unused", CPU)
+    expected = np.mean(digits.images.numpy().astype(np.float64), axis=0) / 255
+    assert digits.mean.shape == (1, 8, 8)
+    assert np.allclose(digits.mean, expected, atol=1e-7)
+    assert normalised(digits.images, digits.mean).double().mean(0).abs().max() < 1e-6
+
+
+def test_digits_are_the_1797_of_scikit_learn_every_fifth_for_testing() -> None:
+    from sklearn.datasets import load_digits
+
+    bunch, digits = load_digits(), load("digits", "unused", CPU)
+    assert (len(digits.images), len(digits.test_images), digits.classes) == (1437, 360, 10)
+    assert np.array_equal(digits.test_labels, bunch.target[::5])
+    assert np.abs(digits.test_images[:, 0].numpy() / 255 - bunch.images[::5] / 16).max() <= 0.5 / 255
+
+
+def test_image_folder_gives_the_files_pixels_with_the_classes_of_train(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split, name in (("train", "ant"), ("train", "bee"), ("train", "cat"), ("test", "cat")):
+        images(tmp_path / split / name)
+    found = load(str(tmp_path), "unused", CPU)
+    assert (found.name, found.classes, found.labels.tolist()) == (tmp_path.name, 3, [0, 0, 0, 1, 1, 1, 2, 2, 2])
+    assert found.test_labels.tolist() == [2, 2, 2]
+    bee = np.asarray(Image.open(tmp_path / "train" / "bee" / "1.png"))
+    assert np.array_equal(found.images[4].permute(1, 2, 0), bee)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_rank_counts_the_classes_ahead_and_ties_go_to_the_lower_class() -> None:
+    logits = torch.tensor([[3.0, 1, 2], [3, 1, 2], [1, 1, 1], [1, 1, 1]])
+    assert loop.rank(logits, torch.tensor([0, 1, 0, 2])).tolist() == [0, 2, 0, 2]
+
+
+def test_errors_agree_with_scikit_learn_topk() -> None:
+    from sklearn.metrics import top_k_accuracy_score
+
+    digits, model = load("digits", "unused", CPU), ResNet18(1, 10, 1)
+    found = loop.evaluate(model, digits)
+    with torch.inference_mode():
+        logits = model(normalised(digits.test_images, digits.mean)).numpy()
+    for k in (1, 5):
+        expected = 100 - 100 * top_k_accuracy_score(digits.test_labels, logits, k=k)
+        assert found[f"top{k}_error"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_record_holds_settings_an_epoch_a_line_and_the_last_epoch_as_result(finished: Path) -> None:
+    header, *log, final = map(json.loads, (finished / "digits_lace_seed0_w1.jsonl").read_text().splitlines())
+    assert {"loss", "seed", "data", "width", "strength", "epochs", "commit", "versions", "device"} <= header.keys()
+    assert [row["epoch"] for row in log] == [0, 1, 2]
+    assert [row["lr"] for row in log] == pytest.approx([0.1, 0.01, 0.001])
+    assert final["final"] is True
+    assert {key: final[key] for key in FIGURES} == {key: log[-1][key] for key in FIGURES}
+
+
+def test_training_learns_the_digits_with_both_losses(tmp_path: Path) -> None:
+    assert main(["--epochs", "4", "--width", "2", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    for record in tmp_path.glob("*.jsonl"):
+        assert read_record(record)["top5_error"] < 25  # guessing: 50
+
+
+def test_the_same_seed_gives_the_same_figures_and_another_seed_others(finished: Path, tmp_path: Path) -> None:
+    assert main(small(tmp_path, "--seeds", "0-1")) == 0
+    name = "digits_lace_seed{}_w1.jsonl"
+    same = figures(tmp_path / name.format(0))
+    assert same == figures(finished / name.format(0))
+    assert same[1:] != figures(tmp_path / name.format(1))[1:]
+
+
+def test_lace_of_strength_zero_trains_as_cross_entropy_does(tmp_path: Path) -> None:
+    assert main(small(tmp_path / "lace", "--strength", "0", "--epochs", "1")) == 0
+    assert main([*SMALL, "--loss", "ce", "--epochs", "1", "--out", str(tmp_path / "ce")]) == 0
+    lace, ce = (read_record(next((tmp_path / loss).glob("*.jsonl"))) for loss in ("lace", "ce"))
+    assert lace["train_loss"] == pytest.approx(ce["train_loss"], rel=1e-3)
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lace_loss.train", *small(tmp_path)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    checkpoint = tmp_path / "digits_lace_seed0_w1.checkpoint"
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run must be killed before its end"
+    assert main(small(tmp_path)) == 0
+    assert figures(tmp_path / "digits_lace_seed0_w1.jsonl") == figures(finished / "digits_lace_seed0_w1.jsonl")
+    assert weights(tmp_path) == weights(finished)
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A folder with a run that Ctrl-C stopped in its third epoch."""
+
+    def stop(seed: int, epoch: int, n: int, pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return draws(seed, epoch, n, pad)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "draws", stop)
+        assert main(small(tmp_path)) == 130
+    assert f"--out {tmp_path}" in capsys.readouterr().err
+    return tmp_path
+
+
+def test_ctrl_c_loses_the_epoch_at_work_only(interrupted: Path, finished: Path) -> None:
+    record = interrupted / "digits_lace_seed0_w1.jsonl"
+    assert [row["epoch"] for row in read_record(record)["epochs_log"]] == [0, 1]
+    assert main(small(interrupted)) == 0
+    assert figures(record) == figures(finished / "digits_lace_seed0_w1.jsonl")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "missing"])
+def test_a_damaged_checkpoint_falls_back_a_generation_and_ends_the_same(
+    interrupted: Path, finished: Path, damage: str
+) -> None:
+    checkpoint = interrupted / "digits_lace_seed0_w1.checkpoint"
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        checkpoint.unlink()
+    else:
+        checkpoint.write_bytes(content if damage == "one bit" else content[:-100])
+    assert main(small(interrupted)) == 0
+    assert figures(interrupted / "digits_lace_seed0_w1.jsonl") == figures(finished / "digits_lace_seed0_w1.jsonl")
+    assert weights(interrupted) == weights(finished)
+
+
+def test_two_damaged_generations_are_an_error_that_changes_nothing(
+    interrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = interrupted / "digits_lace_seed0_w1.checkpoint"
+    for file in (checkpoint, previous(checkpoint)):
+        file.write_bytes(file.read_bytes()[:1000])
+    before = {file.name: file.read_bytes() for file in interrupted.iterdir()}
+    assert_error(capsys, small(interrupted), "damaged", str(checkpoint))
+    assert before == {file.name: file.read_bytes() for file in interrupted.iterdir()}
+
+
+def test_a_save_that_fails_leaves_the_last_generation_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint"
+    save_checkpoint(path, {"log": [1]})
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, {"log": [1, 2]})
+    assert load_checkpoint(path, CPU) == {"log": [1]}
+
+
+def test_a_checkpoint_is_its_sha256_and_what_torch_saved(finished: Path) -> None:
+    digest, _, content = next(finished.glob("*.checkpoint")).read_bytes().partition(b"\n")
+    assert hashlib.sha256(content).hexdigest().encode() == digest
+
+
+def test_a_finished_run_is_left_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {file.name: file.stat().st_mtime_ns for file in finished.iterdir() if file.suffix != ".png"}
+    assert main(small(finished)) == 0
+    assert "already finished" in capsys.readouterr().err
+    assert before == {file.name: file.stat().st_mtime_ns for file in finished.iterdir() if file.suffix != ".png"}
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_epoch_and_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_error(capsys, small(tmp_path, "--lr", "1e30"), "the loss is", "epoch 1, step")
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def assert_error(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str) -> None:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert all(word in last for word in words), last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seeds", "4-0"], ["--seeds", "'4-0'", "0-4"]),
+        (["--seeds", "1,1"], ["'1,1'"]),
+        (["--seeds", "-1"], ["--seeds"]),
+        (["--seeds", "a"], ["'a'"]),
+        (["--width", "0"], ["--width", "at least 1", "got 0"]),
+        (["--epochs", "0"], ["--epochs", "at least 1", "got 0"]),
+        (["--batch", "0"], ["--batch", "got 0"]),
+        (["--threads", "0"], ["--threads", "got 0"]),
+        (["--strength", "1.5"], ["--strength", "[0, 1]", "1.5"]),
+        (["--loss", "hinge"], ["--loss", "'hinge'"]),
+        (["--batch", "4"], ["two images", "1437"]),
+        (["--data", "no/such"], ["no/such", "train/ and test/"]),
+        (["--nonsense"], ["--nonsense"]),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_argument_is_named_with_its_rule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    assert_error(capsys, ["--out", str(tmp_path), *SMALL, *arguments], *words)
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_seeds_are_ranges_lists_and_numbers() -> None:
+    assert [seeds(text) for text in ("0-4", "0,2,5", "3", "0-1,7")] == [[0, 1, 2, 3, 4], [0, 2, 5], [3], [0, 1, 7]]
+
+
+def test_a_wrong_data_folder_is_named_with_the_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "data"
+    run = ["--data", str(folder), "--out", str(tmp_path / "out"), *SMALL]
+    folder.mkdir()
+    assert_error(capsys, run, str(folder), "train/ and test/")
+    (folder / "train").mkdir()
+    (folder / "test").mkdir()
+    assert_error(capsys, run, str(folder / "train"), "a folder of images for every class")
+    images(folder / "train" / "ant")
+    assert_error(capsys, run, str(folder / "test"), "a folder of images for every class")
+    images(folder / "test" / "wasp")
+    assert_error(capsys, run, "wasp", "train/ lacks")
+    (folder / "test" / "wasp").rename(folder / "test" / "ant")
+    images(folder / "train" / "bee", size=(8, 9))
+    assert_error(capsys, run, str(folder / "train" / "bee" / "0.png"), "9x8", "8x8")
+    (folder / "train" / "bee" / "0.png").write_bytes(b"no picture")
+    assert_error(capsys, run, str(folder / "train" / "bee" / "0.png"), "not an image")
+
+
+def test_a_failed_download_of_cifar100_says_where_it_looked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchvision.datasets
+
+    def offline(*_: object, **__: object) -> None:
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", offline)
+    assert_error(capsys, ["--data", "cifar100", "--root", "here", "--out", str(tmp_path)], "'here'", "File not found")
+
+
+def test_results_that_cannot_be_written_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert_error(capsys, small(tmp_path / "file"), str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("state", ["finished", "interrupted"])
+def test_another_runs_files_are_refused_by_the_name_of_the_setting(
+    state: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = request.getfixturevalue(state)
+    assert_error(capsys, small(out, "--lr", "0.05"), "lr = 0.1", "0.05", "digits_lace_seed0_w1")
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def record(folder: Path, loss: str, seed: int, top5: float, unfinished: bool = False, **settings: object) -> None:
+    """A record as a run on CIFAR-100 at the paper's recipe would write it, but for `settings`."""
+    config = {name: field.default for name, field in Config.__dataclass_fields__.items()}
+    header = config | {"loss": loss, "seed": seed, "strength": float(loss == "lace"), "classes": 100}
+    header |= {"data_sha256": "0", "device": "d", "threads": 1} | settings
+    row = dict.fromkeys(FIGURES, 1.0) | {"top5_error": top5, "epoch": 0}
+    lines = [header, row] if unfinished else [header, row, row | {"final": True}]
+    (folder / f"{loss}{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_welch_interval_against_closed_form() -> None:
+    from scipy.special import stdtrit
+
+    a, b = [6.9, 6.6, 6.7, 6.85], [6.2, 6.3, 6.0]
+    va, vb = np.var(a, ddof=1) / 4, np.var(b, ddof=1) / 3
+    half = stdtrit((va + vb) ** 2 / (va**2 / 3 + vb**2 / 2), 0.975) * math.sqrt(va + vb)
+    found = difference(statistics(a), statistics(b))
+    middle = np.mean(a) - np.mean(b)
+    assert found["mean"] == pytest.approx(middle)
+    assert found["interval"] == pytest.approx([middle - half, middle + half])
+
+
+def test_report_gives_mean_deviation_and_n_beside_the_papers_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, (ce, lace) in enumerate([(6.0, 5.0), (7.0, 5.5), (8.0, 6.0)]):
+        record(tmp_path, "ce", seed, ce)
+        record(tmp_path, "lace", seed, lace)
+    report([tmp_path])
+    table = capsys.readouterr().out
+    assert "| CE | 3 | 7.00 ± 1.00 |" in table
+    assert "| LACE | 3 | 5.50 ± 0.50 |" in table
+    assert "6.00, 7.00, 8.00" in table
+    assert "| paper, CE | | 6.7 |" in table and "| paper, LACE | | 6.2 |" in table
+    assert "CE - LACE, top-5 error: +1.50 points, 95 % Welch interval" in table
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_keeps_recipes_apart_and_says_what_is_scaled_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path, "ce", 0, 30.0, width=16, epochs=40)
+    record(tmp_path, "lace", 0, 31.0)
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    groups = {group["recipe"]["width"]: group for group in json.loads(capsys.readouterr().out)["groups"]}
+    assert (list(groups[16]["arms"]), list(groups[64]["arms"])) == (["CE"], ["LACE"])
+    assert groups[16]["scaled_down"] == ["width 16 (paper 64)", "epochs 40 (paper 200)"]
+    report([tmp_path / "ce0.jsonl"])
+    assert "Scaled down: width 16 (paper 64), epochs 40 (paper 200)" in capsys.readouterr().out
+
+
+def test_report_of_other_data_leaves_the_paper_out(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report([finished])
+    assert "paper" not in capsys.readouterr().out
+
+
+def test_report_says_no_interval_with_one_seed_and_lists_unfinished_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path, "ce", 0, 6.7)
+    record(tmp_path, "lace", 0, 6.2)
+    record(tmp_path, "lace", 1, 60.0, unfinished=True)
+    report([tmp_path])
+    table = capsys.readouterr().out
+    assert "CE - LACE, top-5 error: +0.50 points, no interval with one seed" in table
+    assert f"Unfinished, not counted: {tmp_path / 'lace1.jsonl'}" in table
+
+
+def test_report_refuses_to_count_one_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        record(folder, "ce", 0, 6.7)
+    assert_error(capsys, ["report", str(tmp_path / "a"), str(tmp_path / "b")], "same run")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"loss": "ce"', ["line 1", "JSON"]),
+        ('{"loss": "ce"}\n', ["line 1", "lacks", "seed"]),
+        ("[1]\n", ["line 1", "not a line of a record"]),
+        ("", ["line 1"]),
+        (None, ["line 3", "cut short"]),
+    ],
+)
+def test_a_damaged_record_is_named_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, words: list[str]
+) -> None:
+    record(tmp_path, "ce", 0, 6.7)
+    file = tmp_path / "ce0.jsonl"
+    file.write_text(file.read_text()[:-20] if text is None else text)
+    assert_error(capsys, ["report", str(file)], str(file), *words)
+
+
+def test_a_missing_record_and_an_empty_folder_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_error(capsys, ["report", str(tmp_path / "none.jsonl")], "none.jsonl", "neither a record")
+    assert_error(capsys, ["report", str(tmp_path)], str(tmp_path), "neither a record")
