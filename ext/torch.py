@@ -136,9 +136,9 @@ def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
     return (
         _is_plain(input, target)
         and input.dtype in (torch.float32, torch.float64)
-        and target.shape != input.shape
-        and not (weight is not None and weight.requires_grad)
-        and forward_ad.unpack_dual(input).tangent is None  # type: ignore[no-untyped-call]
+        and (target.shape != input.shape or target.dtype == input.dtype)
+        and not any(x is not None and x.requires_grad for x in (target, weight))
+        and all(forward_ad.unpack_dual(x).tangent is None for x in (input, target))  # type: ignore[no-untyped-call]
     )
 
 

@@ -76,7 +76,7 @@ def test_backward_may_run_twice_on_a_retained_graph():
     assert torch.equal(input.grad, 2 * once)
 
 
-def test_the_kernel_runs_for_classes_on_a_cpu_and_nothing_else(monkeypatch):
+def test_the_kernel_runs_where_only_the_input_needs_a_gradient_on_a_cpu(monkeypatch):
     calls = []
     monkeypatch.setattr(lace_torch, "_run", lambda *args, **options: calls.append(1) or ext._run(*args, **options))
 
@@ -90,7 +90,9 @@ def test_the_kernel_runs_for_classes_on_a_cpu_and_nothing_else(monkeypatch):
         lambda: lace_loss(INPUT.float().requires_grad_(), CLASSES, INPUT[0].float(), label_smoothing=0.1)
     )
     assert uses_kernel(lambda: lace_loss(torch.nn.Parameter(INPUT), CLASSES))
-    assert not uses_kernel(lambda: lace_loss(INPUT, PROBABILITIES))
+    assert uses_kernel(lambda: lace_loss(INPUT, PROBABILITIES))
+    assert not uses_kernel(lambda: lace_loss(INPUT, PROBABILITIES.clone().requires_grad_()))
+    assert not uses_kernel(lambda: lace_loss(INPUT, PROBABILITIES.float()))
     assert not uses_kernel(lambda: lace_loss(INPUT.half(), CLASSES))
     assert not uses_kernel(lambda: lace_loss(INPUT, CLASSES, INPUT[0].clone().requires_grad_()))
     assert not uses_kernel(lambda: lace_loss(INPUT.to("meta"), CLASSES.to("meta")))
