@@ -3,6 +3,7 @@
 # Both install what they need into .venv first. PYTHON=python3.12 chooses another Python, at least 3.11.
 
 PYTHON ?= python3
+EXTRAS := dev
 BIN := .venv/bin
 
 run: .venv/installed
@@ -20,7 +21,7 @@ lint: .venv/installed
 # C kernel need this rule again, which the folders' own dates trigger.
 .venv/installed: pyproject.toml setup.py ref ext train $(wildcard ext/*.pyx ext/*.c ext/*.h)
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev]' --config-settings editable_mode=strict
+	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]' --config-settings editable_mode=strict
 	touch $@
 
 .PHONY: run test lint

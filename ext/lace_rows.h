@@ -278,12 +278,12 @@ static REAL soft_row(REAL *gradient, const REAL *z, REAL scale, const Target *y)
         accumulate(&slopes, x.ak);
     }
     if (gradient) {
-        const REAL all = rounded(total(&slopes));
+        const Pair all = total(&slopes); /* a pair, for what is left without a class that has nearly all */
         for (size_t j = 0; j < k; j += CHUNK) {
             size_t count = k - j < CHUNK ? k - j : CHUNK;
             class_terms(&x, z, j, count, &row, top, y);
             for (size_t i = 0; i < count; i++)
-                gradient[j + i] = scale * (x.q[i] * (all - x.ak[i]) - x.r[i] * x.ak[i]);
+                gradient[j + i] = scale * (x.q[i] * ((all.high - x.ak[i]) + all.low) - x.r[i] * x.ak[i]);
         }
     }
     return rounded(total(&losses));

@@ -9,6 +9,7 @@ from tolerances import COMPOSITE, DIFFERENCES, FLOAT32, FLOAT64
 
 from lace_loss import ext, ref
 from lace_loss.ext import torch as lace_torch
+from lace_loss.train.figure import curves, draw
 
 SHAPES = [(7,), (5, 7), (2, 7, 3, 2), (0, 7), (3, 1)]
 OPTIONS = [
@@ -136,3 +137,15 @@ def test_the_number_of_threads_changes_no_bit(threads):
     ]
     assert loss[::97].tobytes() == np.array([row_loss for row_loss, _ in alone]).tobytes()
     assert gradient[::97].tobytes() == np.array([row_gradient for _, row_gradient in alone]).tobytes()
+
+
+def test_the_gradient_factor_peaks_at_1_plus_exp_minus_2_where_q_is_exp_minus_2(tmp_path):
+    """The README's figure, and the place where K's derivative -2 - log q vanishes."""
+    q = np.append(np.linspace(0.001, 0.999, 999), np.exp(-2))
+    loss, factor = curves(q, strength=1)
+    assert factor.argmax() == len(q) - 1
+    assert abs(factor.max() - (1 + np.exp(-2))) <= FLOAT64
+    assert np.allclose(loss, -(1 - q) * np.log(q), rtol=FLOAT64 / 1e-3, atol=0)
+    assert np.allclose(curves(q, strength=0)[1], 1, rtol=FLOAT64 / 1e-3, atol=0)
+    draw(str(tmp_path / "figure.png"))
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -4,9 +4,40 @@ ULP = {
     # Double-doubles keep 2^-97: what is seen is the final rounding, and a second one where results are subnormal.
     "ref": 1.01,
     # The contract of the kernel. exp is within 0.55 ulp; L is about its square (2 x 0.55 ulp, worth up to 2.2 where the
-    # mantissas fall badly) and is rounded once, a gradient entry twice. Largest seen: 3.3 over 1e8 float32 rows.
+    # mantissas fall badly) and is rounded once, a gradient entry twice. Largest seen: 3.2 over 8e6 float32 rows.
     "kernel": 4,
+    # A weight multiplies the rounded loss: 4 ulp may be 8 of the product's, which is rounded again.
+    "kernel, weighted": 8.5,
 }
+
+
+def underflow(classes):
+    """Beside those, in units of the smallest subnormal number, for results near it.
+
+    Each exponential is rounded to that unit, by half of it, and so are q, q K and the product with grad_output;
+    K is at most 1 + e^-2 = 1.14. A sum over the classes adds up all of theirs.
+    """
+    return 0.57 * (classes + 1) + 1
+
+
+# A gradient entry of ref with targets in several classes is a difference of sums: 2^-97 of them, a few operations long,
+# is left where they cancel. Relative to the coefficients' sum.
+CANCELLED = 2.0**-90
+
+# The kernel's rows with targets in several classes, in units of half an ulp at worst, one a rounding. e^d 1.1 (0.55
+# ulp), 1 / sum 1, so q 3.1; r = 1 - q, from q <= 1/2, 4.1; n 2; (1-s) + s r 6.1; f 9.1; a = ((1-e) y + e/C) w 4;
+# a f 14.1; their sum 15.1. a K 14.1; q (sum a K - a K) - r a K at most 36 of the terms' size, 41 of the sum of a, as
+# K <= 1 + e^-2. Relative to the loss, and to the sum of a.
+ROUNDINGS = {"loss": 16, "gradient": 41}
+
+# scipy's log_softmax, times 2^-53 (C + n): the arguments' roundings move each exponential by at most 1/e of a unit, exp
+# is good to 2, a sum of C adds C - 1, log 2 log C, and z - max and the last subtraction 2 n: 1.4 C + 1 + 4 n in all.
+LOG_SOFTMAX = 4
+
+# Fourth-order differences of ref's gradient with step h = 2^-12 along |v| <= 1, per unit of the coefficients' sum.
+# Rounding 1.5 x 1.01 x 2^-52 (1 + e^-2) / h = 1.6e-12. Truncation h^4/30 |g^(5)|: by Cauchy |g^(5)| <= 5! max |g| on a
+# circle of radius 1, where |sum e^z| is at least cos 1 of the sum of |e^z|, so that |g| <= 22: 3e-13.
+HVP = 2e-12
 
 # Two implementations in float64, both within a few ulp of each term: relative to the largest term of a sum.
 FLOAT64 = 1e-13

@@ -1,0 +1,253 @@
+"""Certify implementations of LACE against the golden vectors.
+
+    python -m lace_loss.ref                     every implementation installed here, in one table
+    python -m lace_loss.ref check MODULE:FN     a port in Python: FN(logits, target, **options) -> (loss, gradient)
+    python -m lace_loss.ref check --command CMD a port in anything (the protocol is in ref/vectors/README.md)
+    python -m lace_loss.ref peers               what people use today, where installed, in a Markdown table
+
+Exit status: 0 if all hold, 1 if a value is wrong, 2 if an answer or the vectors could not be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import loss as definition
+from .check import (
+    FORMATS,
+    LEVELS,
+    VECTORS,
+    Answer,
+    Case,
+    Implementation,
+    PortError,
+    Result,
+    VectorError,
+    command_port,
+    explain,
+    judge,
+    python_port,
+    read,
+    run,
+)
+from .peers import compare
+
+FAILURES_SHOWN = 5
+
+
+def vectors(folder: Path, dtypes: list[str], levels: list[str]) -> dict[str, list[Case]]:
+    """Cases by file name, of the files that exist for these dtypes and levels."""
+    paths = [folder / f"{dtype}-{level}.txt" for dtype in dtypes for level in levels]
+    found = {path.name: read(path) for path in paths if path.exists()}
+    if not found:
+        raise VectorError(f"{folder} has no vectors for {', '.join(dtypes)} at {', '.join(levels)}")
+    return found
+
+
+def by_reference(case: Case) -> Answer:
+    options = case.options
+    g = 1.0 if case.grad_output is None else case.grad_output
+    try:
+        if case.level == "second":
+            return {"product": definition.hessian_vector_product(case.logits, case.target, case.vector, g, **options)}
+        return {
+            "loss": np.asarray(definition.forward(case.logits, case.target, **options)),
+            "gradient": definition.backward(case.logits, case.target, g, **options),
+        }
+    except IndexError:
+        return None
+
+
+def in_torch(function: Any, dtype: str, device: str) -> Implementation:
+    """`function(input, target, weight, **options)` of torch, with autograd's gradient and its gradient."""
+    import torch
+
+    kind = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]
+
+    def tensor(values: Any) -> Any:
+        values = torch.from_numpy(np.ascontiguousarray(values)).to(device)
+        return values.to(kind) if values.is_floating_point() else values
+
+    def answer(case: Case) -> Answer:
+        options = case.options
+        weight = options.pop("weight", None)
+        weight = None if weight is None else tensor(weight)
+        input = tensor(case.logits).reshape(case.shape).requires_grad_()
+        try:
+            loss = function(input, tensor(case.target).reshape(case.target.shape), weight, **options)
+        except IndexError:
+            return None
+        g = torch.ones_like(loss) if case.grad_output is None else tensor(case.grad_output).reshape(loss.shape)
+        (gradient,) = torch.autograd.grad(loss, input, g, create_graph=case.level == "second")
+        found = {"loss": loss, "gradient": gradient}
+        if case.level == "second":
+            (found["product"],) = torch.autograd.grad(gradient, input, tensor(case.vector).reshape(case.shape))
+        return {key: value.detach().double().cpu().numpy() for key, value in found.items()}
+
+    return answer
+
+
+def installed() -> Iterator[tuple[str, str, list[str], bool, Implementation | str]]:
+    """Name, dtype, levels, whether plain tolerances apply, and the implementation or why it cannot run."""
+    first = [level for level in LEVELS if level != "second"]
+    yield "ref", "f64", list(LEVELS), False, by_reference
+    try:
+        from lace_loss import ext
+    except ImportError as error:
+        yield "ext", "", [], False, str(error)
+    else:
+        yield "ext", "f64", first, False, python_port(ext.forward_backward)
+        yield "ext", "f32", first, False, python_port(ext.forward_backward)
+    try:
+        import torch
+
+        from lace_loss.ext import torch as lace
+    except ImportError as error:
+        yield "torch", "", [], False, str(error)
+        return
+
+    def composite(input: Any, target: Any, weight: Any, **options: Any) -> Any:
+        given = {"ignore_index": -100, "label_smoothing": 0.0, "strength": 1.0} | options
+        if target.shape != input.shape:
+            lace._check_classes(target, given["ignore_index"], input.shape[min(1, input.dim() - 1)])
+        return lace._composite(input, target, weight, **given)
+
+    for dtype in ("f64", "f32"):
+        yield "torch CPU", dtype, first, False, in_torch(lace.lace_loss, dtype, "cpu")
+    for dtype in ("f64", "f32", "f16", "bf16"):
+        yield "composite", dtype, list(LEVELS), True, in_torch(composite, dtype, "cpu")
+    if torch.cuda.is_available():
+        for dtype in ("f64", "f32", "f16", "bf16"):
+            yield "torch CUDA", dtype, first, True, in_torch(lace.lace_loss, dtype, "cuda")
+    else:
+        yield "torch CUDA", "", [], True, "torch sees no CUDA device"
+
+
+def cross_validate(folder: Path) -> int:
+    """Print category x implementation: the worst error of loss, gradient and product in ulp."""
+    columns: dict[str, dict[str, list[Result]]] = {}
+    not_run: list[str] = []
+    for name, dtype, levels, plain, implementation in installed():
+        if isinstance(implementation, str):
+            not_run.append(f"{name}: not run, {implementation}")
+            continue
+        results = [
+            result
+            for cases in vectors(folder, [dtype], levels).values()
+            for result in run(implementation, cases, plain)
+        ]
+        columns[f"{name} {dtype}"] = by_category(results)
+    table(columns)
+    for line in not_run:
+        print(line)
+    failed = [(name, r) for name, found in columns.items() for rs in found.values() for r in rs if not r.holds]
+    for name, result in failed[:FAILURES_SHOWN]:
+        print(f"\n{name}: {explain(result)}")
+    cases = sum(len(results) for found in columns.values() for results in found.values())
+    print(f"\n{cases} cases, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+def by_category(results: list[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.case.category, []).append(result)
+    return found
+
+
+def table(columns: dict[str, dict[str, list[Result]]]) -> None:
+    categories = sorted({category for found in columns.values() for category in found})
+    widths = {name: max(16, len(name)) for name in columns}
+    first = max(map(len, categories))
+    print("Worst error in ulp of loss / gradient / Hessian product. x: the category fails, -: it has no cases.\n")
+    print(" " * first, *(f"{name:>{width}}" for name, width in widths.items()), sep="  ")
+    for category in categories:
+        cells = (f"{cell(columns[name].get(category, [])):>{width}}" for name, width in widths.items())
+        print(f"{category:<{first}}", *cells, sep="  ")
+
+
+def cell(results: list[Result]) -> str:
+    if not results:
+        return "-"
+    worst = [
+        max((r.errors[q] for r in results if q in r.errors), default=None) for q in ("loss", "gradient", "product")
+    ]
+    numbers = " / ".join("-" if error is None else f"{error:.2g}" for error in worst)
+    return numbers if all(r.holds for r in results) else f"{numbers} x"
+
+
+def check(args: argparse.Namespace) -> int:
+    """Certify one port: print each level's result and the first failures."""
+    if (args.port is None) == (args.command is None):
+        raise PortError("give either MODULE:FN or --command")
+    levels = [level for level in args.levels if level != "second" or args.command or args.product]
+    function, product = imported(args.port), imported(args.product)
+    failed = 0
+    for name, cases in vectors(args.vectors, args.dtypes, levels).items():
+        if args.command:
+            answers = command_port(args.command, cases, args.timeout)
+            results = [judge(case, answers[case.number], args.plain) for case in cases]
+        else:
+            results = run(python_port(function, product, args.timeout), cases, args.plain)
+        wrong = [result for result in results if not result.holds]
+        for result in wrong[: max(0, FAILURES_SHOWN - failed)]:
+            print(explain(result))
+        failed += len(wrong)
+        print(f"{name:<18} {len(cases):>4} cases, {len(wrong)} failed; worst ulp {cell(results)}")
+    return 1 if failed else 0
+
+
+def imported(name: str | None) -> Any:
+    """What MODULE:FN names; the working folder is searched first."""
+    if name is None:
+        return None
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PortError(f"{name!r} is not a MODULE:FN that imports: {error}") from error
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        "python -m lace_loss.ref", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument(
+        "--vectors", type=Path, default=VECTORS, help="folder of golden vectors; default: the shipped ones"
+    )
+    commands = top.add_subparsers(dest="what")
+    port = commands.add_parser("check", help="certify a port")
+    port.add_argument("port", nargs="?", metavar="MODULE:FN", help="FN(logits, target, **options) -> (loss, gradient)")
+    port.add_argument("--command", help="a program that reads cases on standard input")
+    port.add_argument("--product", metavar="MODULE:FN", help="FN(logits, target, vector, **options) -> Hessian product")
+    port.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="default: all")
+    port.add_argument("--dtypes", nargs="+", choices=list(FORMATS), default=["f64", "f32"], help="default: f64 f32")
+    port.add_argument("--plain", action="store_true", help="allow what a plain implementation loses with the margin")
+    port.add_argument(
+        "--timeout", type=float, default=60, help="seconds a case, or with --command a file; default %(default)s"
+    )
+    commands.add_parser("peers", help="compare with what people use today")
+    return top
+
+
+def main(arguments: list[str]) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        if args.what == "peers":
+            return compare(args.vectors)
+        return check(args) if args.what == "check" else cross_validate(args.vectors)
+    except (VectorError, PortError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
