@@ -26,6 +26,7 @@ enum { NAME(LANES) = 16, NAME(CHUNK) = 64 };
 #define multiply NAME(multiply)
 #define divide NAME(divide)
 #define rounded NAME(rounded)
+#define weighted NAME(weighted)
 #define horner NAME(horner)
 #define exponentials NAME(exponentials)
 #define log_1_plus NAME(log_1_plus)
@@ -98,6 +99,12 @@ static inline Pair divide(Pair a, Pair b)
 static inline REAL rounded(Pair a)
 {
     return finite(a.high) ? a.high + a.low : a.high;
+}
+
+/* a f; 0 where an infinite loss has no weight. */
+static inline REAL weighted(REAL a, REAL f)
+{
+    return a == 0 && f == f && !finite(f) ? 0 : a * f;
 }
 
 static inline REAL horner(const REAL *c, int n, REAL x)
@@ -256,7 +263,7 @@ static void class_terms(Terms *x, const REAL *z, size_t j, size_t count, const R
         REAL f = ((1 - s) + s * r) * n;
         REAL a = keep * (y->probability ? y->probability[j + i] : (REAL)(j + i == y->t)) + spread;
         a = y->weight ? a * y->weight[j + i] : a;
-        x->af[i] = a == 0 && f == f && !finite(f) ? 0 : a * f;
+        x->af[i] = weighted(a, f);
         x->ak[i] = a * ((1 - s) + s * (r + (q == 0 ? 0 : q * n)));
     }
     for (size_t i = count; i < CHUNK; i++) x->af[i] = x->ak[i] = 0;
@@ -311,8 +318,8 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
         if (probability || y.smoothing != 0) {
             loss[i] = soft_row(row, logits + i * k, g, &y);
         } else {
-            REAL w = y.weight ? y.weight[y.t] : 1;
-            loss[i] = w * hard_row(row, logits + i * k, k, y.t, w * g, y.strength);
+            REAL w = y.weight ? y.weight[y.t] : 1, f = hard_row(row, logits + i * k, k, y.t, w * g, y.strength);
+            loss[i] = weighted(w, f);
         }
     }
     return -1;
@@ -334,6 +341,7 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
 #undef multiply
 #undef divide
 #undef rounded
+#undef weighted
 #undef horner
 #undef exponentials
 #undef log_1_plus

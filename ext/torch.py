@@ -61,6 +61,8 @@ def lace_loss(
         raise ValueError(f"strength must be in [0, 1], got {strength}")
     if not _is_well_formed(input, target, weight, ignore_index, reduction, label_smoothing):
         F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        if 0 <= label_smoothing <= 1:
+            raise RuntimeError(f"target {tuple(target.shape)} does not fit an input of shape {tuple(input.shape)}")
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
@@ -204,16 +206,16 @@ def _composite(
     every_w = w.reshape([-1 if i == axis else 1 for i in range(z.dim())])
     e, classes = label_smoothing, z.shape[axis]
     if target.shape == input.shape:
-        losses = (_loss_of_every_class(z, axis, strength, (1 - e) * target + e / classes) * every_w).sum(axis)
+        losses = _loss_of_every_class(z, axis, strength, ((1 - e) * target + e / classes) * every_w).sum(axis)
         divisor: Tensor | int = losses.numel()
     else:
         kept = target != ignore_index
         t = target.long().masked_fill(~kept, 0)
         z = z.masked_fill(~kept.unsqueeze(axis), 0)
         w_t = F.embedding(t, w.unsqueeze(1)).squeeze(-1).masked_fill(~kept, 0)  # w[t], also under vmap
-        losses = (1 - e) * w_t * _loss_of_class(z, t, axis, strength)
+        losses = _weighted((1 - e) * w_t, _loss_of_class(z, t, axis, strength))
         if e:
-            losses = losses + (_loss_of_every_class(z, axis, strength, z.new_tensor(e / classes)) * every_w).sum(axis)
+            losses = losses + _loss_of_every_class(z, axis, strength, e / classes * every_w).sum(axis)
         losses = losses.masked_fill(~kept, 0)
         divisor = w_t.sum()
     if reduction == "mean":
@@ -232,15 +234,20 @@ def _loss_of_class(z: Tensor, t: Tensor, axis: int, strength: float) -> Tensor:
     return _loss_of_log_odds((others.logsumexp(axis, keepdim=True) - z.gather(axis, t)).squeeze(axis), strength)
 
 
-def _loss_of_every_class(z: Tensor, axis: int, strength: float, y: Tensor) -> Tensor:
-    """y f of every class. Only the largest logit's class needs a sum that leaves it out; for the rest 1 - q >= 1/2."""
+def _loss_of_every_class(z: Tensor, axis: int, strength: float, a: Tensor) -> Tensor:
+    """a f of every class. Only the largest logit's class needs a sum that leaves it out; for the rest 1 - q >= 1/2."""
     z = z - z.amax(axis, keepdim=True).detach()
     exp_z, top = z.exp(), z.argmax(axis, keepdim=True)
     others = exp_z.scatter(axis, top, 0).sum(axis, keepdim=True)
     rest = (exp_z.sum(axis, keepdim=True) - exp_z).scatter(axis, top, others)
     tiny = torch.finfo(z.dtype).tiny
     f = _loss_of_log_odds(torch.where(rest < tiny, tiny, rest).log() - z, strength)
-    return y * f.masked_fill(f.isinf() & (y == 0), 0)
+    return _weighted(a, f)
+
+
+def _weighted(a: Tensor, f: Tensor) -> Tensor:
+    """a f; 0 where an infinite loss has no weight."""
+    return a * f.masked_fill(f.isinf() & (a == 0), 0)
 
 
 def _loss_of_log_odds(u: Tensor, strength: float) -> Tensor:

@@ -32,7 +32,7 @@ Array = NDArray[np.float64]
 
 
 class Options(TypedDict, total=False):
-    """weight : (C,) array, multiplies a. Default: all 1.
+    """weight : (C,) array, multiplies a. Default: all 1. Where a is 0 even an infinite f counts nothing.
     ignore_index : a sample of this class has loss and gradient 0 and does not count in the mean. Default -100.
         Probability targets know no ignored samples: there it must be negative.
     reduction : "none", one loss a sample; "sum"; or "mean", the sum divided by the samples' total weight[target], with

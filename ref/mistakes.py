@@ -97,7 +97,9 @@ class Plain:
         return self.k
 
     def gradient(self, ak: Array) -> Array:
-        return self.q * (ak.sum(1, keepdims=True) - ak) - self.r * ak
+        most = np.abs(ak).argmax(1)[:, None] == np.arange(ak.shape[1])
+        others = np.where(most, np.where(most, 0, ak).sum(1, keepdims=True), ak.sum(1, keepdims=True) - ak)
+        return self.q * others - self.r * ak
 
     def product(self, a: Array) -> Array:
         v = np.moveaxis(self.case.vector, min(1, self.case.vector.ndim - 1), -1).reshape(self.z.shape)

@@ -114,6 +114,16 @@ def test_nan_weights_spoil_the_samples_of_their_class_as_in_torch(implementation
     assert np.isnan(loss).tolist() == expected.isnan().tolist() == [False, True]
 
 
+@each_implementation
+def test_an_infinite_loss_without_weight_counts_nothing(implementation):
+    logits, weight = np.array([[-INF, 0.0, 1.0], [1.0, 2.0, 3.0]]), np.array([0.0, 1.0, 1.0])
+    loss, gradient = implementation(logits, np.array([0, 1]), weight=weight, reduction="sum")
+    alone_loss, alone_gradient = implementation(logits[1:], np.array([1]), weight=weight, reduction="sum")
+    assert loss == alone_loss
+    assert (gradient[0] == 0).all()
+    assert gradient[1:].tobytes() == alone_gradient.tobytes()
+
+
 def test_a_probability_of_0_beside_a_logit_of_minus_infinity_counts_nothing():
     logits, y = np.array([[0.5, -INF, 1.0]]), np.array([[1.0, 0.0, 0.0]])
     for implementation in (by_ref, ext.forward_backward, by_torch):
