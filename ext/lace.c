@@ -22,7 +22,7 @@
 #define HIGH_HALF UINT32_C(0xfffff000)
 #define ROUNDER 12582912.0f           /* 1.5 * 2^23: adding it rounds to an integer, held in the low bits */
 #define SMALLEST_EXPONENT (-104.0f)   /* e^x < 2^-150 below */
-#define RAISED 64                     /* powers of two are formed 2^64 too large, then scaled: right for subnormals */
+#define RAISED 64                     /* exponentials are formed 2^64 too large, clear of subnormal numbers */
 #define LOWER 5.421010862427522e-20f  /* 2^-64 */
 #define LOG2E 1.442695f
 #define LN2_HIGH 0.693145751953125f

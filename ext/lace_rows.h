@@ -3,6 +3,7 @@
  * Design.
  * a) Every exponential is taken of z - max with the rounding error of the subtraction put back: without it the error of
  *    exp grows with the margin, to 16 ulp and more. It ends with one rounding, 0.55 ulp in all.
+ *    It is kept 2^RAISED too large until it is summed: terms that underflow one by one may add up to much.
  * b) The sum leaves one class out, by index: the target's, or in rows with a target for every class the largest
  *    logit's. So 1 - q is a quotient of sums of non-negative terms, never a difference.
  * c) Sums run in LANES fixed lanes and keep every rounding error: exact enough at any k, the same bits at any vector width.
@@ -114,7 +115,7 @@ static inline REAL horner(const REAL *c, int n, REAL x)
     return y;
 }
 
-/* e[i] = exp(z[i] - m) for z[i] <= m; 0 for -inf, NaN for NaN and for inf - inf. */
+/* e[i] = 2^RAISED exp(z[i] - m) for z[i] <= m; 0 for -inf, NaN for NaN and for inf - inf. */
 static void exponentials(REAL *restrict e, const REAL *restrict z, REAL m, size_t count)
 {
     static const REAL c[] = EXP;
@@ -128,8 +129,7 @@ static void exponentials(REAL *restrict e, const REAL *restrict z, REAL m, size_
         r0 = ((r1 - r) + r0) + (r - (one_r - 1)); /* what r and 1 + r have lost */
         REAL y = one_r + (r0 + r * r * horner(c, sizeof c / sizeof *c, r));
         BITS power = (bits_of(shifted) - bits_of(ROUNDER) + (BITS)(BIAS + RAISED)) << MANTISSA;
-        y = (y * from_bits(power)) * LOWER;
-        e[i] = d.high < SMALLEST_EXPONENT ? 0 : y;
+        e[i] = d.high < SMALLEST_EXPONENT ? 0 : y * from_bits(power);
     }
 }
 
@@ -190,7 +190,7 @@ typedef struct {
     REAL own;     /* exp(z_out - max) */
 } Row;
 
-/* Leaves exp(z_j - max), and 0 at `out`, in `e` unless that is NULL. */
+/* Leaves 2^RAISED exp(z_j - max), and 0 at `out`, in `e` unless that is NULL. */
 static Row sum_exponentials(REAL *e, const REAL *z, size_t k, REAL max, size_t out)
 {
     Row row = {max, {0, 0}, {0, 0}, {0, 0}, 0};
@@ -202,7 +202,7 @@ static Row sum_exponentials(REAL *e, const REAL *z, size_t k, REAL max, size_t o
         exponentials(block, z + j, max, count);
         for (size_t i = count; i < CHUNK; i++) block[i] = 0;
         if (out - j < count) {
-            row.own = block[out - j];
+            row.own = block[out - j] * LOWER;
             block[out - j] = 0;
         }
         accumulate(&lanes, block);
@@ -210,6 +210,8 @@ static Row sum_exponentials(REAL *e, const REAL *z, size_t k, REAL max, size_t o
             for (size_t i = 0; i < count; i++) e[j + i] = block[i];
     }
     row.others = total(&lanes);
+    row.others.high *= LOWER;
+    row.others.low *= LOWER;
     own.high = row.own;
     /* All but the largest term, which is exactly 1: either `out` is left out of the sum already, or it is small. */
     rest = row.others;
@@ -233,7 +235,7 @@ static REAL hard_row(REAL *gradient, const REAL *z, size_t k, size_t t, REAL sca
     if (gradient) {
         Pair factor = multiply(g, add(rest, multiply(s, add(r, qn))));
         REAL f = rounded(multiply(factor, row.inverse));
-        for (size_t j = 0; j < k; j++) gradient[j] *= f;
+        for (size_t j = 0; j < k; j++) gradient[j] = (gradient[j] * LOWER) * f;
         gradient[t] = -rounded(multiply(factor, r));
     }
     return rounded(multiply(add(rest, multiply(s, r)), n));
@@ -254,7 +256,7 @@ static void class_terms(Terms *x, const REAL *z, size_t j, size_t count, const R
     const REAL s = y->strength, keep = 1 - y->smoothing, spread = y->smoothing / (REAL)y->k;
     exponentials(x->q, z + j, row->max, count);
     for (size_t i = 0; i < count; i++) {
-        x->q[i] *= row->inverse.high;
+        x->q[i] = (x->q[i] * LOWER) * row->inverse.high;
         x->r[i] = 1 - x->q[i];
     }
     if (top - j < count) x->r[top - j] = row->others.high * row->inverse.high;

@@ -128,11 +128,11 @@ def _expm1_in_parts(x: DoubleDouble) -> tuple[Array, DoubleDouble]:
     return n, p
 
 
-def exp(x: DoubleDouble) -> DoubleDouble:
-    """e^x for x <= 0; exactly 0 below -800."""
+def exp(x: DoubleDouble, raised: int) -> DoubleDouble:
+    """2^raised e^x for x <= 0; exactly 0 below -800."""
     vanishes = x.high < -800
     n, p = _expm1_in_parts(where(vanishes, 0.0, x))
-    return where(vanishes, 0.0, (p + 1.0).scaled(n))
+    return where(vanishes, 0.0, (p + 1.0).scaled(n + raised))
 
 
 def log1p(x: DoubleDouble) -> DoubleDouble:

@@ -115,8 +115,10 @@ class _Samples:
         largest = np.take_along_axis(self.z, top, 1)
         self.is_top = np.arange(self.z.shape[1]) == top
         gap = where(np.isfinite(largest), wide(largest) - self.z, np.nan)
-        e = where(self.is_top, 0.0, exp(-gap))
-        others = total(e, 1)[:, None]
+        # Terms that underflow one by one may add up to much: they are summed 2^128 too large.
+        e = where(self.is_top, 0.0, exp(-gap, raised=128))
+        others = total(e, 1)[:, None].scaled(-128)
+        e = e.scaled(-128)
         self.q = where(self.is_top, 1.0, e) / (others + 1.0)
         self.r = where(self.is_top, others, others - e + 1.0) / (others + 1.0)
         self.n = gap + log1p(others)

@@ -9,6 +9,12 @@ mpmath.mp.dps = 60
 def exact(logits, target, strength=1):
     """Loss and gradient of one row by the textbook formulas; the sum leaves the target out instead of subtracting."""
     z = [mpmath.mpf(float(value)) for value in logits]
+    largest = max((abs(value) for value in z if mpmath.isfinite(value)), default=0)
+    with mpmath.workdps(60 + max(0, int(mpmath.log10(largest + 1)))):  # a difference of 1e58 and 1 needs them
+        return _exact(z, target, strength)
+
+
+def _exact(z, target, strength):
     e = [mpmath.exp(value - z[target]) for value in z]
     others = mpmath.fsum(value for j, value in enumerate(e) if j != target)
     q = [value / (1 + others) for value in e]

@@ -11,14 +11,9 @@ ULP = {
 }
 
 
-def underflow(classes):
-    """Beside those, in units of the smallest subnormal number, for results near it.
-
-    Each exponential is rounded to that unit, by half of it, and so are q, q K and the product with grad_output;
-    K is at most 1 + e^-2 = 1.14. A sum over the classes adds up all of theirs.
-    """
-    return 0.57 * (classes + 1) + 1
-
+# Beside those, in units of the smallest subnormal number, for results near it: an exponential is rounded to that unit,
+# by half of it, and so are q, q K and the product with grad_output; K is at most 1 + e^-2 = 1.14.
+UNDERFLOW = 0.57 * 2 + 1
 
 # A gradient entry of ref with targets in several classes is a difference of sums: 2^-97 of them, a few operations long,
 # is left where they cancel. Relative to the coefficients' sum.
