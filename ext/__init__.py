@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from operator import index
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -76,7 +77,8 @@ def forward_backward(
             f"out must be a writable {z.dtype} array of shape {z.shape}, "
             f"got a {kind} {gradient.dtype} array of shape {gradient.shape}"
         )
-    if any(np.may_share_memory(gradient, values) for values in (z, np.asarray(target), np.asarray(grad_output))):
+    inputs = (z, target, grad_output, options.get("weight"))
+    if any(np.may_share_memory(gradient, np.asarray(values)) for values in inputs if values is not None):
         raise ValueError("out shares memory with an input")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
@@ -96,7 +98,7 @@ def _run(
     label_smoothing: float = 0.0,
     strength: float = 1.0,
 ) -> Any:
-    dtype, y = logits.dtype, np.asarray(target)
+    dtype, y, ignore_index = logits.dtype, np.asarray(target), index(ignore_index)
     if dtype not in (np.float32, np.float64):
         raise TypeError(f"logits must be float32 or float64, got {dtype}")
     if logits.ndim == 0 or logits.shape[_class_axis(logits)] == 0:
@@ -122,7 +124,9 @@ def _run(
     elif y.dtype.kind in "iu":
         if y.shape != shape:
             raise ValueError(f"an integer target must have shape {shape} for logits of {logits.shape}, got {y.shape}")
-        indices = np.ascontiguousarray(y, np.int64).reshape(-1)
+        # A uint64 beyond int64 is no class; wrapped it might be ignore_index.
+        indices = np.minimum(y, np.uint64(2**63 - 1)) if y.dtype == np.uint64 else y
+        indices = np.ascontiguousarray(indices, np.int64).reshape(-1)
     else:
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
 

@@ -1,6 +1,6 @@
 /* The rows of lace_rows.h for float and for double. SPDX-License-Identifier: MIT
  *
- * The coefficients are near-minimax polynomials; tests/test_exp_log1p.py derives them again and compares.
+ * The coefficients are near-minimax polynomials; tests/test_kernel.py derives them again and compares.
  *     EXP    (e^x - 1 - x) / x^2 on |x| <= 1.01 log(2)/2, constant term first
  *     LOG    (log((1+s)/(1-s)) - 2s) / s^3 in s^2 <= 1.01 ((sqrt 2 - 1)/(sqrt 2 + 1))^2, constant term first
  *     LN2    log 2 as a part whose product with any exponent is exact, and the rest

@@ -36,7 +36,7 @@ typedef struct {
     int64_t ignore_index;
 } lace_options_f64;
 
-/* Loss and gradient of n rows.
+/* Loss and gradient of n rows of k >= 1 logits.
  *     loss         n values, written
  *     gradient     n*k values, written row by row, or NULL
  *     logits       n*k values, row by row; may not overlap an output

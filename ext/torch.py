@@ -27,6 +27,7 @@ from . import _run
 
 __all__ = ["LACELoss", "lace_loss"]
 
+_HALF = (torch.float16, torch.bfloat16)
 _INDEX_DTYPES = (torch.int64, torch.uint8, torch.int32, torch.int16, torch.int8)
 
 
@@ -117,7 +118,8 @@ def _is_well_formed(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> bool:
     """Whether `cross_entropy` would take these arguments (but for other index dtypes); it words the refusal itself."""
-    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and input.is_floating_point() and input.dim()):
+    tensors = all(isinstance(x, Tensor) for x in (input, target, *([] if weight is None else [weight])))
+    if not (tensors and isinstance(ignore_index, int) and input.is_floating_point() and input.dim()):
         return False
     classes = input.shape[_class_axis(input)]
     if target.shape == input.shape:
@@ -139,8 +141,12 @@ def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
         _is_plain(input, target)
         and input.dtype in (torch.float32, torch.float64)
         and (target.shape != input.shape or target.dtype == input.dtype)
+        and (weight is None or weight.dtype == input.dtype)
         and not any(x is not None and x.requires_grad for x in (target, weight))
-        and all(forward_ad.unpack_dual(x).tangent is None for x in (input, target))  # type: ignore[no-untyped-call]
+        and all(
+            x is None or forward_ad.unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
+            for x in (input, target, weight)
+        )
     )
 
 
@@ -150,6 +156,7 @@ def _is_plain(input: Tensor, target: Tensor) -> bool:
         input.device.type == target.device.type == "cpu"
         and all(type(x) in (Tensor, torch.nn.Parameter) for x in (input, target))
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -175,9 +182,12 @@ class _Kernel(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         input, target, weight, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
-            loss = _composite(input, target, weight, **ctx.options)
-            (gradient,) = torch.autograd.grad(loss, input, grad_output, create_graph=True)
+            alias = input.view_as(input)  # the hooks of `input` itself run once, when this gradient reaches it
+            loss = _composite(alias, target, weight, **ctx.options)
+            (gradient,) = torch.autograd.grad(loss, alias, grad_output, create_graph=True)
             return gradient, None, None, None
+        if grad_output.shape == target.shape != input.shape:  # 0 times an infinite gradient would be NaN
+            grad_output = grad_output.masked_fill(target == ctx.options["ignore_index"], 0)
         if grad_output.dim():
             grad_output = grad_output.unsqueeze(_class_axis(input))
         return gradient * grad_output, None, None, None
@@ -201,8 +211,9 @@ def _composite(
     strength: float,
 ) -> Tensor:
     axis = _class_axis(input)
-    z = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+    z, target = (x.float() if x.dtype in _HALF else x for x in (input, target))
     w = torch.ones(z.shape[axis], dtype=z.dtype, device=z.device) if weight is None else weight
+    w = w.float() if w.dtype in _HALF else w
     every_w = w.reshape([-1 if i == axis else 1 for i in range(z.dim())])
     e, classes = label_smoothing, z.shape[axis]
     if target.shape == input.shape:

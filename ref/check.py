@@ -200,9 +200,11 @@ def read(path: Path) -> list[Case]:
                 )
                 cases.append(check_sizes(case))
                 words = None
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, IndexError) as error:
             raise VectorError(f"{path.name}, line {number}: {error}") from error
-    if words is not None or header.get("count") != str(len(cases)):
+    if path.name != f"{header.get('dtype')}-{header.get('level')}.txt":
+        raise VectorError(f"{path.name}: its header is that of {header.get('dtype')}-{header.get('level')}.txt")
+    if words is not None or not cases or header.get("count") != str(len(cases)):
         raise VectorError(f"{path.name}: {len(cases)} whole cases, its header promises {header.get('count')}")
     return cases
 
@@ -210,6 +212,9 @@ def read(path: Path) -> list[Case]:
 def check_sizes(case: Case) -> Case:
     """The case, if every list of values decodes and has its length."""
     _ = case.logits, case.target, case.options, case.grad_output, FORMATS[case.dtype], LEVELS.index(case.level)
+    _ = float(case.words.get("plain", ["1"])[0]), case.level == "second" and case.vector
+    if "at" in case.words and not set(case.integers("at")) <= set(range(math.prod(case.shape))):
+        raise ValueError("at must name logits")
     for quantity in () if case.refused else case.asked:
         n = (
             len(case.words["at"])
@@ -235,8 +240,7 @@ class Result:
 def judge(case: Case, answer: Answer, plain: bool) -> Result:
     """Compare an answer with the expected values, allowing `plain` times the tolerance if asked. Raises PortError."""
     if case.refused:
-        rows = answer is not None and np.isnan(np.sum(answer["loss"]))
-        return Result(case, {}, answer is None or bool(rows), answer)
+        return Result(case, {}, answer is None or refuses(case, answer), answer)
     if answer is None:
         raise PortError(f"{case}: refused, but every index is a class")
     factor = float(case.words["plain"][0]) if plain and "plain" in case.words else 1.0
@@ -265,6 +269,14 @@ def judge(case: Case, answer: Answer, plain: bool) -> Result:
             errors[quantity] = float(np.max(off / unit, initial=0.0))
             holds = holds and bool(np.all(off <= factor * tolerance))
     return Result(case, errors, holds, answer)
+
+
+def refuses(case: Case, answer: dict[str, Array]) -> bool:
+    """Whether the loss is NaN for the samples whose index is no class, and for no other."""
+    ignored = case.options.get("ignore_index", -100)
+    wrong = (case.target != ignored) & ((case.target < 0) | (case.target >= case.shape[min(1, len(case.shape) - 1)]))
+    loss = np.asarray(answer["loss"])
+    return bool(np.all(np.isnan(loss) == (wrong if loss.shape == wrong.shape else True)))
 
 
 def explain(result: Result) -> str:
@@ -318,16 +330,16 @@ def python_port(
                 signal.setitimer(signal.ITIMER_REAL, seconds)
             if case.level == "second":
                 assert product is not None
-                return {"product": product(logits, target, case.vector, **options)}
+                return {"product": np.asarray(product(logits, target, case.vector, **options))}
             loss, gradient = function(logits, target, **options)
-        except Exception as error:
+            return {"loss": np.asarray(loss), "gradient": np.asarray(gradient)}
+        except (Exception, SystemExit) as error:
             if case.refused and not isinstance(error, TimeoutError):
                 return None
             raise PortError(f"{case}: {type(error).__name__}: {error}") from error
         finally:
             if seconds:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-        return {"loss": np.asarray(loss), "gradient": np.asarray(gradient)}
 
     return answer
 
@@ -338,7 +350,9 @@ def command_port(command: str, cases: list[Case], seconds: float) -> dict[int, A
     head = f"lace-vectors 1\ndtype {first.dtype}\nlevel {first.level}\ncount {len(cases)}\n"
     text = head + "".join(case.question + "\n" for case in cases)
     try:
-        done = subprocess.run(command, shell=True, input=text, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(
+            command, shell=True, input=text, capture_output=True, text=True, errors="replace", timeout=seconds
+        )
     except subprocess.TimeoutExpired as error:
         answered = (error.stdout or b"").decode(errors="replace").count("\nend")
         raise PortError(

@@ -21,6 +21,7 @@ Source: J. W. Shim, Sci. Rep. 2024, arXiv:2507.10574. With s = 1, L is also the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import index
 from typing import TypedDict, Unpack
 
 import numpy as np
@@ -166,7 +167,7 @@ def _samples(
     label_smoothing: float = 0.0,
     strength: float = 1.0,
 ) -> _Samples:
-    x, y = _numbers("logits", logits), np.asarray(target)
+    x, y, ignore_index = _numbers("logits", logits), np.asarray(target), index(ignore_index)
     if x.ndim == 0 or x.shape[min(1, x.ndim - 1)] == 0:
         raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {x.shape}")
     if reduction not in ("none", "mean", "sum"):

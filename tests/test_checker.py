@@ -100,6 +100,14 @@ def integers(logits, target, **options):
     return np.zeros(1, int), np.zeros(logits.shape)
 
 
+def leaves(logits, target, **options):
+    sys.exit(0)
+
+
+def ragged(logits, target, **options):
+    return [0.0], [[1.0], [1.0, 2.0]]
+
+
 def hangs(logits, target, **options):
     while True:
         pass
@@ -132,6 +140,8 @@ def test_a_wrong_port_fails_with_inputs_values_ulp_and_cause(capsys):
         ("raises", "case 1 .*: ZeroDivisionError: on purpose"),
         ("wrong_shape", r"case 1 .*: gradient must have shape \(2,\), got \(1,\)"),
         ("integers", "case 1 .*: loss must be floating, got int64"),
+        ("leaves", "case 1 .*: SystemExit: 0"),
+        ("ragged", "case 1 .*: ValueError"),
         ("hangs", "case 1 .*: TimeoutError: no answer after 0.5 s"),
         ("missing", "'test_checker:missing' is not a MODULE:FN that imports"),
     ],
@@ -214,6 +224,8 @@ def test_a_program_that_prints_garbage_or_hangs_is_status_2(tmp_path, body, mess
         (lambda text: text.replace("\nloss ", "\nloss 0", 1), "hexadecimal digits"),
         (lambda text: text.replace("\nloss ", "\nloss 0000000000000000 ", 1), "1 values expected for loss, got 2"),
         (lambda text: "", "is not the format"),
+        (lambda text: text.replace("level core", "level gradient", 1), "line 15: 'gradient'"),
+        (lambda text: "lace-vectors 1\ndtype f64\nlevel core\ncount 0\n", "0 whole cases"),
     ],
 )
 def test_damaged_vectors_are_status_2_and_name_the_line(tmp_path, damage, message, capsys):

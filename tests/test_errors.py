@@ -74,6 +74,14 @@ def test_the_kernel_takes_float32_and_float64_only(dtype):
         ext.forward(LOGITS.astype(dtype), TARGET)
 
 
+def test_a_class_beyond_int64_is_refused_and_not_ignored():
+    for function in (ref.forward, ext.forward):
+        with pytest.raises(IndexError, match="18446744073709551516"):
+            function(LOGITS, np.array([0, 2**64 - 100, 1, 2], np.uint64))
+        with pytest.raises(TypeError):
+            function(LOGITS, TARGET, ignore_index=1.5)
+
+
 def test_out_must_fit_be_writable_and_stand_apart():
     read_only = np.zeros((4, 3))
     read_only.flags.writeable = False
@@ -87,6 +95,9 @@ def test_out_must_fit_be_writable_and_stand_apart():
     ):
         with pytest.raises(ValueError, match=message):
             ext.forward_backward(logits, TARGET, out=out)
+    weight = np.ones(12)
+    with pytest.raises(ValueError, match="shares memory with an input"):
+        ext.forward_backward(logits, TARGET, out=weight.reshape(4, 3), weight=weight[:3])
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         ext.forward_backward(LOGITS, TARGET, threads=0)
 

@@ -153,3 +153,26 @@ def test_the_deprecated_arguments_choose_the_reduction_as_in_torch():
             ours = lace_loss(INPUT, CLASSES, None, size_average, -100, reduce, strength=0)
             assert ours.shape == theirs.shape
             assert torch.allclose(ours, theirs, rtol=1e-13)
+
+
+def test_hooks_run_once_when_a_second_derivative_may_follow():
+    for create_graph in (False, True):
+        input = INPUT.clone().requires_grad_()
+        input.register_hook(lambda gradient: 2 * gradient)
+        (gradient,) = torch.autograd.grad(lace_loss(input, CLASSES), input, create_graph=create_graph)
+        assert torch.allclose(gradient, 2 * torch.tensor(ref.backward(INPUT, CLASSES)), rtol=COMPOSITE["float64"])
+
+
+def test_an_ignored_sample_has_gradient_0_even_below_an_infinite_one():
+    input = INPUT.clone().requires_grad_()
+    lace_loss(input, CLASSES, reduction="none").sqrt().sum().backward()
+    assert (input.grad[CLASSES == -100] == 0).all()
+    assert input.grad.isfinite().all()
+
+
+def test_half_weights_add_up_in_float32():
+    """70,000 weights of up to 4 sum to more than float16 holds."""
+    input, target = torch.randn(70_000, 4).half(), torch.arange(70_000) % 4
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    expected = ref.forward(input.numpy(), target.numpy(), weight=weight.numpy())
+    assert abs(lace_loss(input, target, weight.half()).item() - expected) <= 2.0**-11 * expected

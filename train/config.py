@@ -1,5 +1,6 @@
 """Every setting of a run, and the one exception for what its user can put right."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,11 @@ class Config:
     flip: bool = setting(True, "mirror every other image at random")
 
     def __post_init__(self) -> None:
+        for name in ("lr", "lr_drop", "momentum", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise TrainError(f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(self, name)}")
+        if self.batch == 1:
+            raise TrainError("--batch must be at least 2: batch normalisation needs two images")
         for name in ("width", "epochs", "batch", "lr_step"):
             if getattr(self, name) < 1:
                 raise TrainError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")

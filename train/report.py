@@ -34,6 +34,7 @@ def report(paths: list[Path], as_json: bool = False) -> None:
         if not found or not found[0].exists():
             raise TrainError(f"{path} is neither a record (.jsonl) nor a folder with records")
         files += found
+    files = list(dict.fromkeys(file.resolve() for file in files))
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for file in files:
         record = read_record(file) | {"path": str(file)}
