@@ -91,6 +91,7 @@ def _run(
     gradient: Array | None,
     grad_output: ArrayLike | None,
     threads: int | None,
+    statistics: tuple[Array, ...] | None = None,
     *,
     weight: ArrayLike | None = None,
     ignore_index: int = -100,
@@ -130,15 +131,9 @@ def _run(
     else:
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
 
-    divisor = np.float64(1)
-    if reduction == "mean" and indices is not None:
-        kept = indices[indices != ignore_index]
-        divisor = np.float64(len(kept)) if w is None else w.take(kept, mode="clip").sum(dtype=np.float64)
-    elif reduction == "mean":
-        divisor = np.float64(len(z))
-
-    rows = scale = None
     with np.errstate(all="ignore"):  # nothing divided by 0 is NaN, by definition
+        divisor = _mean_divisor(indices, w, ignore_index, len(z)) if reduction == "mean" else np.float64(1)
+        rows = scale = None
         if gradient is not None:
             rows = _classes_last(gradient)
             g = _numbers("grad_output", grad_output, np.dtype(np.float64))
@@ -147,23 +142,8 @@ def _run(
                 raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
             scale = np.ascontiguousarray(np.broadcast_to(g / divisor, shape), dtype).reshape(-1)
         losses = np.empty(len(z), dtype)
-
-        def part(some: slice) -> int:
-            def of(array: Array | None) -> Array | None:
-                return None if array is None else array[some]
-
-            options = (w, ignore_index, label_smoothing, strength)
-            wrong = _cpu.rows(losses[some], z[some], of(rows), of(indices), of(probability), of(scale), *options)
-            return wrong if wrong < 0 else wrong + int(some.start)
-
-        count = min(threads or os.cpu_count() or 1, max(1, z.size // _LOGITS_WORTH_A_THREAD))
-        edges = np.linspace(0, len(z), count + 1).astype(int)
-        slices = [slice(a, b) for a, b in pairwise(edges)]
-        if count == 1:
-            wrong = part(slices[0])
-        else:
-            with ThreadPoolExecutor(count) as pool:
-                wrong = min((row for row in pool.map(part, slices) if row >= 0), default=-1)
+        arrays = (losses, z, rows, indices, probability, scale)
+        wrong = _in_threads(arrays, (w, ignore_index, label_smoothing, strength), statistics, threads)
         if wrong >= 0:
             place = [int(i) for i in np.unravel_index(wrong, shape)]
             raise IndexError(f"target{place or ''} is {y[tuple(place)]}, not a class: 0 to {classes - 1}")
@@ -172,6 +152,33 @@ def _run(
         if reduction == "none":
             return losses.reshape(shape)[()]
         return dtype.type(losses.sum(dtype=np.float64) / divisor)
+
+
+def _mean_divisor(indices: Array | None, weight: Array | None, ignore_index: int, n: int) -> np.float64:
+    """What `mean` divides the sum of n losses by; `indices` is None for probabilities."""
+    if indices is None:
+        return np.float64(n)
+    kept = indices[indices != ignore_index]
+    return np.float64(len(kept)) if weight is None else weight.take(kept, mode="clip").sum(dtype=np.float64)
+
+
+def _in_threads(arrays: Any, options: Any, statistics: tuple[Array, ...] | None, threads: int | None) -> int:
+    """The kernel on slices of all arrays (loss, logits, ...); the first row whose class does not exist, or -1."""
+    z = arrays[1]
+
+    def part(some: slice) -> int:
+        arguments: list[Any] = [None if array is None else array[some] for array in arrays]
+        arguments += [*options, None if statistics is None else tuple(array[some] for array in statistics)]
+        wrong = _cpu.rows(*arguments)
+        return wrong if wrong < 0 else wrong + int(some.start)
+
+    count = min(threads or os.cpu_count() or 1, max(1, z.size // _LOGITS_WORTH_A_THREAD))
+    if count == 1:
+        return part(slice(0, len(z)))
+    edges = np.linspace(0, len(z), count + 1).astype(int)
+    with ThreadPoolExecutor(count) as pool:
+        rows = pool.map(part, (slice(a, b) for a, b in pairwise(edges)))
+        return min((row for row in rows if row >= 0), default=-1)
 
 
 def _numbers(name: str, values: ArrayLike | None, dtype: np.dtype[Any]) -> Array:

@@ -13,4 +13,5 @@ def rows(
     ignore_index: int,
     label_smoothing: float,
     strength: float,
+    statistics: tuple[NDArray[Any], ...] | None,
 ) -> int: ...

@@ -19,12 +19,22 @@ cdef extern from "lace.h" nogil:
         double strength
         int64_t ignore_index
 
+    ctypedef struct lace_statistics_f32:
+        float *cross_entropy
+        float *probability
+        int64_t *rank
+
+    ctypedef struct lace_statistics_f64:
+        double *cross_entropy
+        double *probability
+        int64_t *rank
+
     int64_t lace_rows_f32(float *loss, float *gradient, const float *logits, const int64_t *target,
                           const float *probability, const float *scale, size_t n, size_t k,
-                          const lace_options_f32 *options)
+                          const lace_options_f32 *options, const lace_statistics_f32 *statistics)
     int64_t lace_rows_f64(double *loss, double *gradient, const double *logits, const int64_t *target,
                           const double *probability, const double *scale, size_t n, size_t k,
-                          const lace_options_f64 *options)
+                          const lace_options_f64 *options, const lace_statistics_f64 *statistics)
 
 
 cdef void *address(object array, int flags) except? NULL:
@@ -38,8 +48,11 @@ cdef void *address(object array, int flags) except? NULL:
 
 
 def rows(loss, logits, gradient, target, probability, scale, weight, int64_t ignore_index, double label_smoothing,
-         double strength):
-    """lace_rows_f32 or _f64, by the item size of `logits` (N, C); all arrays of one dtype, `target` int64."""
+         double strength, statistics):
+    """lace_rows_f32 or _f64, by the item size of `logits` (N, C); all arrays of one dtype, `target` int64.
+
+    `statistics` is None or (cross entropy, probability, rank), the last int64.
+    """
     cdef void *out_loss = address(loss, PyBUF_WRITABLE)
     cdef void *out_gradient = address(gradient, PyBUF_WRITABLE)
     cdef void *z = address(logits, 0)
@@ -50,6 +63,9 @@ def rows(loss, logits, gradient, target, probability, scale, weight, int64_t ign
     cdef bint single = logits.itemsize == 4
     cdef lace_options_f32 f32
     cdef lace_options_f64 f64
+    cdef lace_statistics_f32 s32
+    cdef lace_statistics_f64 s64
+    cdef bint described = statistics is not None
     cdef int64_t wrong
     f32.weight = <float *> address(weight, 0)
     f32.label_smoothing = label_smoothing
@@ -59,11 +75,18 @@ def rows(loss, logits, gradient, target, probability, scale, weight, int64_t ign
     f64.label_smoothing = label_smoothing
     f64.strength = strength
     f64.ignore_index = ignore_index
+    if described:
+        s32.cross_entropy = <float *> address(statistics[0], PyBUF_WRITABLE)
+        s32.probability = <float *> address(statistics[1], PyBUF_WRITABLE)
+        s32.rank = <int64_t *> address(statistics[2], PyBUF_WRITABLE)
+        s64.cross_entropy = <double *> s32.cross_entropy
+        s64.probability = <double *> s32.probability
+        s64.rank = s32.rank
     with nogil:
         if single:
             wrong = lace_rows_f32(<float *> out_loss, <float *> out_gradient, <float *> z, t, <float *> y, <float *> g,
-                                  n, k, &f32)
+                                  n, k, &f32, &s32 if described else NULL)
         else:
             wrong = lace_rows_f64(<double *> out_loss, <double *> out_gradient, <double *> z, t, <double *> y,
-                                  <double *> g, n, k, &f64)
+                                  <double *> g, n, k, &f64, &s64 if described else NULL)
     return wrong

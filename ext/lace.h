@@ -8,7 +8,7 @@
  *
  *     float logits[2][3] = {{1, 4, 2}, {0, 5, 0}}, loss[2], gradient[2][3];
  *     int64_t target[2] = {1, 0};
- *     lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 2, 3, NULL);
+ *     lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 2, 3, NULL, NULL);
  *
  * Compile with contraction off (-ffp-contract=off) for the same bits everywhere, and never with -ffast-math.
  */
@@ -36,6 +36,20 @@ typedef struct {
     int64_t ignore_index;
 } lace_options_f64;
 
+/* What else is known of a row with class t, n values each: -log q_t; q_t; and the number of classes that come before t
+ * in the order of falling logits, equal ones by index. An ignored row has 0, 0 and k. */
+typedef struct {
+    float *cross_entropy;
+    float *probability;
+    int64_t *rank;
+} lace_statistics_f32;
+
+typedef struct {
+    double *cross_entropy;
+    double *probability;
+    int64_t *rank;
+} lace_statistics_f64;
+
 /* Loss and gradient of n rows of k >= 1 logits.
  *     loss         n values, written
  *     gradient     n*k values, written row by row, or NULL
@@ -44,13 +58,14 @@ typedef struct {
  *     probability  n*k target probabilities, or NULL
  *     scale        n factors for the rows of the gradient (not of the loss), or NULL for 1
  *     options      NULL for no weights, no smoothing, strength 1, ignore_index -100
+ *     statistics   written, or NULL; there are none for probabilities
  * Returns -1, or the first row whose target is not allowed; then nothing has been written. */
 int64_t lace_rows_f32(float *loss, float *gradient, const float *logits, const int64_t *target,
                       const float *probability, const float *scale, size_t n, size_t k,
-                      const lace_options_f32 *options);
+                      const lace_options_f32 *options, const lace_statistics_f32 *statistics);
 int64_t lace_rows_f64(double *loss, double *gradient, const double *logits, const int64_t *target,
                       const double *probability, const double *scale, size_t n, size_t k,
-                      const lace_options_f64 *options);
+                      const lace_options_f64 *options, const lace_statistics_f64 *statistics);
 
 #ifdef __cplusplus
 }

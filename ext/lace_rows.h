@@ -36,6 +36,8 @@ enum { NAME(LANES) = 16, NAME(CHUNK) = 64 };
 #define maximum NAME(maximum)
 #define sum_exponentials NAME(sum_exponentials)
 #define hard_row NAME(hard_row)
+#define negative_log NAME(negative_log)
+#define describe NAME(describe)
 #define class_terms NAME(class_terms)
 #define soft_row NAME(soft_row)
 
@@ -224,17 +226,36 @@ static Row sum_exponentials(REAL *e, const REAL *z, size_t k, REAL max, size_t o
     return row;
 }
 
-/* Loss of one row; its gradient times `scale` if `gradient` is not NULL. */
-static REAL hard_row(REAL *gradient, const REAL *z, size_t k, size_t t, REAL scale, REAL strength)
+/* -log q_t */
+static inline Pair negative_log(const Row *row, REAL z_t)
 {
-    Row row = sum_exponentials(gradient, z, k, maximum(z, k), t);
-    Pair s = {strength, 0}, rest = two_sum(1, -strength), e_t = {row.own, 0}, g = {scale, 0}, none = {0, 0};
-    Pair r = multiply(row.others, row.inverse), q = multiply(e_t, row.inverse);
-    Pair n = add(two_sum(row.max, -z[t]), row.log_sum);
+    return add(two_sum(row->max, -z_t), row->log_sum);
+}
+
+static void describe(const NAME(lace_statistics) *to, size_t i, const REAL *z, size_t k, size_t t, const Row *row)
+{
+    REAL e;
+    int64_t rank = 0;
+    exponentials(&e, z + t, row->max, 1);
+    Pair e_t = {e * LOWER, 0};
+    for (size_t j = 0; j < t; j++) rank += !(z[j] < z[t]); /* NaN counts as larger */
+    for (size_t j = t + 1; j < k; j++) rank += !(z[j] <= z[t]);
+    to->cross_entropy[i] = rounded(negative_log(row, z[t]));
+    to->probability[i] = rounded(multiply(e_t, row->inverse));
+    to->rank[i] = rank;
+}
+
+/* Loss of one row; its gradient times `scale` if `gradient` is not NULL. */
+static REAL hard_row(Row *row, REAL *gradient, const REAL *z, size_t k, size_t t, REAL scale, REAL strength)
+{
+    *row = sum_exponentials(gradient, z, k, maximum(z, k), t);
+    Pair s = {strength, 0}, rest = two_sum(1, -strength), e_t = {row->own, 0}, g = {scale, 0}, none = {0, 0};
+    Pair r = multiply(row->others, row->inverse), q = multiply(e_t, row->inverse);
+    Pair n = negative_log(row, z[t]);
     Pair qn = q.high == 0 ? none : multiply(q, n); /* its limit where n is infinite */
     if (gradient) {
         Pair factor = multiply(g, add(rest, multiply(s, add(r, qn))));
-        REAL f = rounded(multiply(factor, row.inverse));
+        REAL f = rounded(multiply(factor, row->inverse));
         for (size_t j = 0; j < k; j++) gradient[j] = (gradient[j] * LOWER) * f;
         gradient[t] = -rounded(multiply(factor, r));
     }
@@ -272,17 +293,17 @@ static void class_terms(Terms *x, const REAL *z, size_t j, size_t count, const R
 }
 
 /* As hard_row, for a target that gives every class a coefficient. */
-static REAL soft_row(REAL *gradient, const REAL *z, REAL scale, const Target *y)
+static REAL soft_row(Row *row, REAL *gradient, const REAL *z, REAL scale, const Target *y)
 {
     const size_t k = y->k;
     const REAL max = maximum(z, k);
     size_t top = 0;
     while (top < k - 1 && z[top] < max) top++;
-    Row row = sum_exponentials(NULL, z, k, max, top);
+    *row = sum_exponentials(NULL, z, k, max, top);
     Lanes losses = {{0}, {0}}, slopes = {{0}, {0}};
     Terms x;
     for (size_t j = 0; j < k; j += CHUNK) {
-        class_terms(&x, z, j, k - j < CHUNK ? k - j : CHUNK, &row, top, y);
+        class_terms(&x, z, j, k - j < CHUNK ? k - j : CHUNK, row, top, y);
         accumulate(&losses, x.af);
         accumulate(&slopes, x.ak);
     }
@@ -290,7 +311,7 @@ static REAL soft_row(REAL *gradient, const REAL *z, REAL scale, const Target *y)
         const Pair all = total(&slopes); /* a pair, for what is left without a class that has nearly all */
         for (size_t j = 0; j < k; j += CHUNK) {
             size_t count = k - j < CHUNK ? k - j : CHUNK;
-            class_terms(&x, z, j, count, &row, top, y);
+            class_terms(&x, z, j, count, row, top, y);
             for (size_t i = 0; i < count; i++)
                 gradient[j + i] = scale * (x.q[i] * ((all.high - x.ak[i]) + all.low) - x.r[i] * x.ak[i]);
         }
@@ -299,7 +320,8 @@ static REAL soft_row(REAL *gradient, const REAL *z, REAL scale, const Target *y)
 }
 
 int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const int64_t *target, const REAL *probability,
-                        const REAL *scale, size_t n, size_t k, const NAME(lace_options) *options)
+                        const REAL *scale, size_t n, size_t k, const NAME(lace_options) *options,
+                        const NAME(lace_statistics) *statistics)
 {
     const NAME(lace_options) defaults = {NULL, 0, 1, -100};
     if (!options) options = &defaults;
@@ -307,6 +329,7 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
         for (size_t i = 0; i < n; i++)
             if (target[i] != options->ignore_index && (target[i] < 0 || (uint64_t)target[i] >= k)) return (int64_t)i;
     for (size_t i = 0; i < n; i++) {
+        Row found;
         REAL *row = gradient ? gradient + i * k : NULL;
         REAL g = scale ? scale[i] : 1;
         Target y = {probability ? probability + i * k : NULL, options->weight, 0, k, options->label_smoothing,
@@ -314,15 +337,20 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
         if (!probability && target[i] == options->ignore_index) {
             loss[i] = 0;
             for (size_t j = 0; row && j < k; j++) row[j] = 0;
+            if (statistics) {
+                statistics->cross_entropy[i] = statistics->probability[i] = 0;
+                statistics->rank[i] = (int64_t)k;
+            }
             continue;
         }
         if (!probability) y.t = (size_t)target[i];
         if (probability || y.smoothing != 0) {
-            loss[i] = soft_row(row, logits + i * k, g, &y);
+            loss[i] = soft_row(&found, row, logits + i * k, g, &y);
         } else {
-            REAL w = y.weight ? y.weight[y.t] : 1, f = hard_row(row, logits + i * k, k, y.t, w * g, y.strength);
+            REAL w = y.weight ? y.weight[y.t] : 1, f = hard_row(&found, row, logits + i * k, k, y.t, w * g, y.strength);
             loss[i] = weighted(w, f);
         }
+        if (statistics && !probability) describe(statistics, i, logits + i * k, k, y.t, &found);
     }
     return -1;
 }
@@ -352,5 +380,7 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
 #undef maximum
 #undef sum_exponentials
 #undef hard_row
+#undef negative_log
+#undef describe
 #undef class_terms
 #undef soft_row

@@ -13,6 +13,7 @@ place where the result is the same (see `_kernel_applies`).
 
 from __future__ import annotations
 
+from functools import reduce as fold
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,14 @@ from torch.autograd import forward_ad
 from torch.nn import _reduction
 from torch.nn import functional as F
 from torch.nn.modules.loss import _WeightedLoss
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _run
+from . import _LOGITS_WORTH_A_THREAD, _mean_divisor, _run
 
-__all__ = ["LACELoss", "lace_loss"]
+__all__ = ["LACELoss", "check_target", "lace_loss"]
 
 _HALF = (torch.float16, torch.bfloat16)
+_FLOATING = (torch.float32, torch.float64, *_HALF)
 _INDEX_DTYPES = (torch.int64, torch.uint8, torch.int32, torch.int16, torch.int8)
 
 
@@ -42,7 +45,9 @@ def lace_loss(
     label_smoothing: float = 0.0,
     *,
     strength: float = 1.0,
-) -> Tensor:
+    normalizer: float | Tensor | None = None,
+    statistics: bool = False,
+) -> Any:
     """Linearly Adaptive Cross Entropy between logits and target; arguments as `torch.nn.functional.cross_entropy`.
 
     Parameters
@@ -50,35 +55,68 @@ def lace_loss(
     input : (C,), (N, C) or (N, C, d1, ...) logits, floating. float16 and bfloat16 are computed in float32.
     target : class indices of the shape without C (any integer dtype), or probabilities of the input's shape.
     strength : s in [0, 1]: 1 is LACE, 0 is cross entropy.
+    normalizer : a number or 0-d tensor that takes the place of the mean's denominator: what all batches of a gradient
+        accumulation, or all processes, count together.
+    statistics : return (loss, {"cross_entropy": -log q_t, "probability": q_t, "rank": classes ahead of t}), tensors of
+        the target's shape without derivatives, for class indices. Rank < k is top-k accuracy; of equal logits the
+        lower index is ahead. An ignored sample has 0, 0 and C.
 
     Raises
     ------
-    What `cross_entropy` raises for the same arguments; IndexError for a class that does not exist (on a CPU);
-    ValueError for a strength outside [0, 1].
+    What `cross_entropy` raises for the same arguments; IndexError for a class that does not exist, on a CPU (elsewhere,
+    and under `torch.func`, its sample's loss and gradient are NaN: see `check_target`); ValueError for a strength
+    outside [0, 1], a normalizer without a mean or of a shape, and statistics of probabilities.
     """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            lace_loss,
+            (input, target, weight),
+            *(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing),
+            strength=strength,
+            normalizer=normalizer,
+            statistics=statistics,
+        )
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = ("none", "mean", "sum")[_reduction.get_enum(reduction)]
+    if isinstance(strength, Tensor):
+        raise TypeError("strength must be a number, not a Tensor: the loss has no derivative with respect to it")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}")
-    if not _is_well_formed(input, target, weight, ignore_index, reduction, label_smoothing):
-        F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-        if 0 <= label_smoothing <= 1:
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(f"normalizer takes the place of the mean's denominator, got reduction {reduction!r}")
+        if isinstance(normalizer, Tensor) and normalizer.dim():
+            raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(normalizer.shape)}")
+        reduction = "sum"
+    if not _is_well_formed(input, target, weight, ignore_index, label_smoothing):
+        by_torch = F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+        if input.numel() or statistics:
             raise RuntimeError(f"target {tuple(target.shape)} does not fit an input of shape {tuple(input.shape)}")
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    options: dict[str, Any] = {
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "label_smoothing": label_smoothing,
-        "strength": strength,
-    }
-    if not _kernel_applies(input, target, weight):
-        if target.shape != input.shape and _is_plain(input, target):
-            _check_classes(target, ignore_index, input.shape[_class_axis(input)])
-        return _composite(input, target, weight, **options)
-    if input.requires_grad and torch.is_grad_enabled():
-        loss: Tensor = _Kernel.apply(input, target, weight, options)
-        return loss
-    return _by_kernel(input, target, weight, None, options)
+        return by_torch  # no logits, C = 0 among them: nothing for the strength to change
+    probabilities = target.shape == input.shape
+    if statistics and probabilities:
+        raise ValueError("statistics are of class indices, and the target holds probabilities")
+    if input.dim() == target.dim() == 1 and not probabilities:
+        target = target[0]  # torch takes the class of a lone sample in this form, too
+    options = (int(ignore_index), reduction, float(label_smoothing), float(strength))
+
+    if _kernel_applies(input, target, weight):
+        if input.requires_grad and torch.is_grad_enabled():
+            loss, *found = _Kernel.apply(input, target, weight, options, statistics)
+        else:
+            loss, _, *found = _forward(input, target, weight, None, *options, statistics)
+    else:
+        if not probabilities and _is_plain(input, target) and not _is_recorded():
+            check_target(target, input.shape[_class_axis(input)], ignore_index)
+        loss = _composite(input, target, weight, *options)
+        found = _statistics(input.detach(), target, ignore_index) if statistics else ()
+    if normalizer is not None:
+        loss = loss / normalizer
+    loss = loss.to(_result_dtype(input, target, weight))
+    return (loss, dict(zip(("cross_entropy", "probability", "rank"), found, strict=True))) if statistics else loss
 
 
 class LACELoss(_WeightedLoss):
@@ -102,7 +140,9 @@ class LACELoss(_WeightedLoss):
         self.label_smoothing = label_smoothing
         self.strength = strength
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None, statistics: bool = False
+    ) -> Any:
         return lace_loss(
             input,
             target,
@@ -111,138 +151,317 @@ class LACELoss(_WeightedLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             strength=self.strength,
+            normalizer=normalizer,
+            statistics=statistics,
         )
 
-
-def _is_well_formed(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-) -> bool:
-    """Whether `cross_entropy` would take these arguments (but for other index dtypes); it words the refusal itself."""
-    tensors = all(isinstance(x, Tensor) for x in (input, target, *([] if weight is None else [weight])))
-    if not (tensors and isinstance(ignore_index, int) and input.is_floating_point() and input.dim()):
-        return False
-    classes = input.shape[_class_axis(input)]
-    if target.shape == input.shape:
-        ok = target.is_floating_point() and ignore_index < 0
-    else:
-        samples = input.shape[:1] * (input.dim() > 1) + input.shape[2:]
-        ok = (
-            target.shape == samples
-            and target.dtype in _INDEX_DTYPES
-            and (weight is None or weight.dtype == input.dtype)
-        )
-    ok = ok and classes > 0 and (weight is None or weight.shape == (classes,))
-    return ok and reduction in ("none", "mean", "sum") and 0 <= label_smoothing <= 1
+    def extra_repr(self) -> str:
+        return "" if self.strength == 1 else f"strength={self.strength}"
 
 
-def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """The kernel has a first derivative only (its second is the composite's), none in forward mode, and no graph."""
-    return (
-        _is_plain(input, target)
-        and input.dtype in (torch.float32, torch.float64)
-        and (target.shape != input.shape or target.dtype == input.dtype)
-        and (weight is None or weight.dtype == input.dtype)
-        and not any(x is not None and x.requires_grad for x in (target, weight))
-        and all(
-            x is None or forward_ad.unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
-            for x in (input, target, weight)
-        )
-    )
+def check_target(target: Tensor, classes: int, ignore_index: int = -100) -> None:
+    """Raise IndexError with the place and value of the first class index outside 0 to classes - 1.
 
-
-def _is_plain(input: Tensor, target: Tensor) -> bool:
-    """Whether Python may look at the numbers: on a CPU, outside of compilation, functorch and tensor subclasses."""
-    return (
-        input.device.type == target.device.type == "cpu"
-        and all(type(x) in (Tensor, torch.nn.Parameter) for x in (input, target))
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _check_classes(target: Tensor, ignore_index: int, classes: int) -> None:
-    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    For a loss that became NaN on a GPU, where `lace_loss` does not look: asking waits for the device.
+    """
+    t = target.long()
+    wrong = ((t < 0) | (t >= classes)) & (t != ignore_index)
     if wrong.any():
         place = wrong.nonzero()[0].tolist()
         raise IndexError(f"target{place or ''} is {target[tuple(place)]}, not a class: 0 to {classes - 1}")
 
 
+def _is_well_formed(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> bool:
+    """Whether `cross_entropy` would take these arguments (but for other index dtypes); it words the refusal itself."""
+    tensors = all(isinstance(x, Tensor) for x in (input, target, *([] if weight is None else [weight])))
+    if not (tensors and input.dtype in _FLOATING and input.layout == torch.strided and input.dim()):
+        return False
+    axis = _class_axis(input)
+    classes, samples = input.shape[axis], input.shape[:axis] + input.shape[axis + 1 :]
+    if target.shape == input.shape:
+        fits = target.is_floating_point() and ignore_index < 0
+    else:
+        fits = (target.shape == samples or input.dim() == target.dim() == target.numel() == 1) and (
+            target.dtype in _INDEX_DTYPES
+            and (weight is None or _seen_as(weight.dtype, input) == _seen_as(input.dtype, input))
+        )
+    return (
+        fits
+        and classes > 0
+        and (weight is None or weight.shape == (classes,))
+        and isinstance(ignore_index, int)
+        and 0 <= label_smoothing <= 1
+    )
+
+
+def _seen_as(dtype: torch.dtype, input: Tensor) -> torch.dtype:
+    """Autocast calls cross_entropy with float32 in place of the half types."""
+    device = input.device.type
+    autocast = dtype in _HALF and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.float32 if autocast else dtype
+
+
+def _result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    dtype = _seen_as(input.dtype, input)
+    if target.shape != input.shape:
+        return dtype
+    others = (target, *(() if weight is None else (weight,)))
+    return fold(torch.promote_types, (_seen_as(x.dtype, input) for x in others), dtype)
+
+
+def _working_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    dtype = _result_dtype(input, target, weight)
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """The kernel has a first derivative with respect to the input (the second is the composite's), no forward mode, and
+    it is part of no graph that is meant to run elsewhere (export, trace). Compilers see it as one operation.
+    """
+    work = _working_dtype(input, target, weight)
+    given = [x for x in (input, target, weight) if x is not None]
+    return (
+        _is_plain(*given)
+        and not torch.compiler.is_exporting()
+        and all(x.dtype == work or (x.dtype in _HALF and work == torch.float32) for x in given if x.is_floating_point())
+        and not any(x.requires_grad for x in given[1:])
+        and all(forward_ad.unpack_dual(x).tangent is None for x in given)  # type: ignore[no-untyped-call]
+    )
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether the numbers are this process's to read: on a CPU, outside of torch.func and jit, and no subclass."""
+    return (
+        all(x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _is_recorded() -> bool:
+    """Whether a compiler or another mode notes which operations run."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 class _Kernel(torch.autograd.Function):
-    """Loss and gradient in one pass; backward only scales."""
+    """The loss and what is known beside it. The gradient is formed in the same pass, except for a half type: rounded to
+    it before a loss scale is known, it would underflow.
+    """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: dict[str, Any]) -> Tensor:
-        gradient = torch.empty_like(input, memory_format=torch.contiguous_format)
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: Any, statistics: bool
+    ) -> tuple[Tensor, ...]:
         ctx.options = options
+        unit = None if input.dtype in _HALF else input.new_ones(())
+        loss, gradient, *found = _forward(input, target, weight, unit, *options, statistics)
         ctx.save_for_backward(input, target, weight, gradient)
-        return _by_kernel(input, target, weight, gradient.numpy(), options)
+        ctx.mark_non_differentiable(*found)
+        return loss, *found
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        input, target, weight, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
-            alias = input.view_as(input)  # the hooks of `input` itself run once, when this gradient reaches it
-            loss = _composite(alias, target, weight, **ctx.options)
-            (gradient,) = torch.autograd.grad(loss, alias, grad_output, create_graph=True)
-            return gradient, None, None, None
-        if grad_output.shape == target.shape != input.shape:  # 0 times an infinite gradient would be NaN
-            grad_output = grad_output.masked_fill(target == ctx.options["ignore_index"], 0)
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return _Gradient.apply(grad_output, *ctx.saved_tensors, ctx.options), None, None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The kernel's gradient; its own derivatives are those of the composite form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_output: Tensor,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        gradient: Tensor,
+        options: Any,
+    ) -> Tensor:
+        ctx.options = options
+        ctx.save_for_backward(grad_output, input, target, weight)
+        if input.dtype in _HALF:
+            return _forward(input, target, weight, grad_output, *options, False)[1]
         if grad_output.dim():
+            if target.shape != input.shape:  # 0 times an infinite gradient would be NaN
+                grad_output = grad_output.masked_fill(target.long() == options[0], 0)
             grad_output = grad_output.unsqueeze(_class_axis(input))
-        return gradient * grad_output, None, None, None
+        return gradient * grad_output
+
+    @staticmethod
+    def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
+        grad_output, input, target, weight = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            alias = input.view_as(input)  # the hooks of `input` itself run once, when this derivative reaches it
+            seed = grad_output.view_as(grad_output) if grad_output.requires_grad else grad_output
+            loss = _composite(alias, target, weight, *ctx.options)
+            (gradient,) = torch.autograd.grad(loss, alias, seed, create_graph=True)
+            by_input, *by_output = torch.autograd.grad(
+                gradient, [alias, seed] if seed.requires_grad else [alias], vector, create_graph=again
+            )
+        return by_output[0] if by_output else None, by_input, None, None, None, None
 
 
-def _by_kernel(input: Tensor, target: Tensor, weight: Tensor | None, gradient: Any, options: dict[str, Any]) -> Tensor:
-    w = None if weight is None else weight.numpy()
-    threads = torch.get_num_threads()
-    loss = _run(input.detach().numpy(), target.numpy(), gradient, 1.0, threads, weight=w, **options)
-    return torch.from_numpy(np.asarray(loss))
+def _forward(input: Tensor, target: Tensor, weight: Tensor | None, grad_output: Tensor | None, *options: Any) -> Any:
+    # The dispatcher takes about as long to call a registered operation as cross_entropy takes for 10 logits.
+    return (_registered if _is_recorded() else _by_kernel)(input, target, weight, grad_output, *options)
+
+
+def _outputs(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    grad_output: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    strength: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for the loss, for the gradient if there is a `grad_output`, and for the statistics if they are asked for."""
+    axis, dtype = _class_axis(input), _working_dtype(input, target, weight)
+    samples = input.shape[:axis] + input.shape[axis + 1 :]
+    each = samples if statistics else (0,)
+    return (
+        input.new_empty(samples if reduction == "none" else (), dtype=dtype),
+        input.new_empty(0) if grad_output is None else torch.empty_like(input),
+        input.new_empty(each, dtype=dtype),
+        input.new_empty(each, dtype=dtype),
+        input.new_empty(each, dtype=torch.int64),
+    )
+
+
+def _by_kernel(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    grad_output: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    strength: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_outputs`, written by the C kernel."""
+    options = (ignore_index, reduction, label_smoothing, strength, statistics)
+    outputs = loss, gradient, *found = _outputs(input, target, weight, grad_output, *options)
+    target = target.to(loss.dtype) if target.is_floating_point() else target
+    weight = None if weight is None else weight.to(loss.dtype)
+    if input.dtype in _HALF:
+        _in_blocks(outputs, input, target, weight, grad_output, *options)
+        return outputs
+    got = _run(
+        input.numpy(force=True),
+        target.numpy(force=True),
+        None if grad_output is None else gradient.numpy(),
+        None if grad_output is None else grad_output.numpy(force=True),
+        torch.get_num_threads(),
+        tuple(x.view(-1).numpy() for x in found) if statistics else None,
+        weight=None if weight is None else weight.numpy(force=True),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        strength=strength,
+    )
+    loss.copy_(torch.as_tensor(got))
+    return outputs
+
+
+def _in_blocks(
+    outputs: tuple[Tensor, ...],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    grad_output: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    *options: Any,
+) -> None:
+    """Write the `outputs` of half logits from float32 copies of a few samples at a time."""
+    loss, *others = outputs
+    axis = _class_axis(input)
+    samples, indices = input.shape[:axis] + input.shape[axis + 1 :], None
+    if target.shape != input.shape:
+        check_target(target, input.shape[axis], ignore_index)
+        indices = target.reshape(-1).numpy(force=True)
+    losses = loss if reduction == "none" else loss.new_empty(samples)
+    divisor = np.float64(1)
+    if reduction == "mean":
+        w = None if weight is None else weight.numpy(force=True)
+        divisor = _mean_divisor(indices, w, ignore_index, losses.numel())
+    scale = None if grad_output is None else (grad_output.double() / float(divisor)).expand(samples)
+    step = max(1, torch.get_num_threads() * _LOGITS_WORTH_A_THREAD * len(input) // max(1, input.numel()))
+    for part in [slice(i, i + step) for i in range(0, len(input), step)] if axis else [...]:
+        g = None if scale is None else scale[part]
+        blocks = _by_kernel(input[part].float(), target[part], weight, g, ignore_index, "none", *options)
+        for whole, block in zip((losses, *others), blocks, strict=True):
+            if block.numel():
+                whole[part] = block
+    if reduction != "none":
+        with np.errstate(all="ignore"):
+            loss.fill_(float(losses.numpy().sum(dtype=np.float64) / divisor))
+
+
+# One operation to compilers and other modes that record what runs.
+_registered = torch.library.custom_op("lace_loss::by_kernel", _by_kernel, mutates_args=(), device_types="cpu")
+_registered.register_fake(_outputs)
 
 
 def _composite(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    *,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
     strength: float,
 ) -> Tensor:
-    axis = _class_axis(input)
-    z, target = (x.float() if x.dtype in _HALF else x for x in (input, target))
-    w = torch.ones(z.shape[axis], dtype=z.dtype, device=z.device) if weight is None else weight
-    w = w.float() if w.dtype in _HALF else w
-    every_w = w.reshape([-1 if i == axis else 1 for i in range(z.dim())])
-    e, classes = label_smoothing, z.shape[axis]
+    axis, dtype = _class_axis(input), _working_dtype(input, target, weight)
+    z, e, classes = input.to(dtype), label_smoothing, input.shape[axis]
+    w = z.new_ones(classes) if weight is None else weight.to(dtype)
+    every_w = w.reshape(_along(axis, z))
     if target.shape == input.shape:
         losses = _loss_of_every_class(z, axis, strength, ((1 - e) * target + e / classes) * every_w).sum(axis)
         divisor: Tensor | int = losses.numel()
     else:
-        kept = target != ignore_index
-        t = target.long().masked_fill(~kept, 0)
+        t, kept = target.long(), target.long() != ignore_index
+        exists = (t >= 0) & (t < classes)
+        t = t.masked_fill(~(kept & exists), 0)
         z = z.masked_fill(~kept.unsqueeze(axis), 0)
         w_t = F.embedding(t, w.unsqueeze(1)).squeeze(-1).masked_fill(~kept, 0)  # w[t], also under vmap
-        losses = _weighted((1 - e) * w_t, _loss_of_class(z, t, axis, strength))
+        f = _loss_of_log_odds(_log_odds(z, t, axis), strength)
+        losses = _weighted(((1 - e) * w_t).masked_fill(~exists, torch.nan), f)  # a factor, so the gradient is NaN, too
         if e:
             losses = losses + _loss_of_every_class(z, axis, strength, e / classes * every_w).sum(axis)
         losses = losses.masked_fill(~kept, 0)
         divisor = w_t.sum()
-    if reduction == "mean":
-        losses = losses.sum() / divisor
-    elif reduction == "sum":
-        losses = losses.sum()
-    return losses.to(input.dtype) if z.dtype != input.dtype else losses
+    if reduction == "none":
+        return losses
+    return losses.sum() / divisor if reduction == "mean" else losses.sum()
 
 
-def _loss_of_class(z: Tensor, t: Tensor, axis: int, strength: float) -> Tensor:
-    """f of class t of each sample."""
+def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    axis, z, t = _class_axis(input), input.to(_working_dtype(input, target, None)), target.long()
+    classes, kept = z.shape[axis], t != ignore_index
+    exists = (t >= 0) & (t < classes)
+    t = t.masked_fill(~(kept & exists), 0)
+    u = _log_odds(z, t, axis).masked_fill(~exists, torch.nan)
+    t = t.unsqueeze(axis)
+    z_t, j = z.gather(axis, t), torch.arange(classes, device=z.device).reshape(_along(axis, z))
+    ahead = (j != t) & ~torch.where(j < t, z < z_t, z <= z_t)  # NaN counts as larger
+    n, q, rank = _loss_of_log_odds(u, 0.0), (-u).sigmoid(), ahead.sum(axis).masked_fill(~exists, classes)
+    return n.masked_fill(~kept, 0), q.masked_fill(~kept, 0), rank.masked_fill(~kept, classes)
+
+
+def _log_odds(z: Tensor, t: Tensor, axis: int) -> Tensor:
+    """u of class t of each sample."""
     z = z - z.amax(axis, keepdim=True).detach()  # +inf becomes NaN
     t = t.unsqueeze(axis)
     # Not -inf: the gradient of logsumexp stays finite where no other class is left (C = 1).
     others = z.scatter(axis, t, torch.finfo(z.dtype).min)
-    return _loss_of_log_odds((others.logsumexp(axis, keepdim=True) - z.gather(axis, t)).squeeze(axis), strength)
+    return (others.logsumexp(axis, keepdim=True) - z.gather(axis, t)).squeeze(axis)
 
 
 def _loss_of_every_class(z: Tensor, axis: int, strength: float, a: Tensor) -> Tensor:
@@ -272,6 +491,11 @@ def _loss_of_log_odds(u: Tensor, strength: float) -> Tensor:
     n = torch.where(v < 0, 0, v) + e.log1p()
     r = torch.where(v < 0, e, 1) / (1 + e)
     return torch.where(u > 1000, u, (1 - strength + strength * r) * n)
+
+
+def _along(axis: int, z: Tensor) -> list[int]:
+    """The shape that broadcasts one value a class over z."""
+    return [-1 if i == axis else 1 for i in range(z.dim())]
 
 
 def _class_axis(input: Tensor) -> int:

@@ -113,12 +113,17 @@ def installed() -> Iterator[tuple[str, str, list[str], bool, Implementation | st
         return
 
     def composite(input: Any, target: Any, weight: Any, **options: Any) -> Any:
-        given = {"ignore_index": -100, "label_smoothing": 0.0, "strength": 1.0} | options
+        given: dict[str, Any] = {
+            "ignore_index": -100,
+            "reduction": "mean",
+            "label_smoothing": 0.0,
+            "strength": 1.0,
+        } | options
         if target.shape != input.shape:
-            lace._check_classes(target, given["ignore_index"], input.shape[min(1, input.dim() - 1)])
-        return lace._composite(input, target, weight, **given)
+            lace.check_target(target, input.shape[min(1, input.dim() - 1)], given["ignore_index"])
+        return lace._composite(input, target, weight, **given).to(input.dtype)
 
-    for dtype in ("f64", "f32"):
+    for dtype in ("f64", "f32", "f16", "bf16"):
         yield "torch CPU", dtype, first, False, in_torch(lace.lace_loss, dtype, "cpu")
     for dtype in ("f64", "f32", "f16", "bf16"):
         yield "composite", dtype, list(LEVELS), True, in_torch(composite, dtype, "cpu")

@@ -64,17 +64,24 @@ def test_log_2_comes_apart_so_that_its_multiples_are_exact(which, dtype, largest
     assert constants()["ROUNDER"][which] == [1.5 * 2.0 ** np.finfo(dtype).nmant]
 
 
-# mpmath: 0.026530842582... and 4.980055135107...
+# mpmath: losses 0.0265308425..., 4.9800551351...; -log q_t 0.169846..., q_t 0.843794...; of two zeros the first leads
 PROGRAM = r"""
 #include "lace.h"
 int main(void)
 {
     float logits[2][3] = {{1, 4, 2}, {0, 5, 0}}, loss[2] = {-1, -1}, gradient[2][3];
     int64_t target[2] = {1, 0}, wrong[2] = {1, 3};
-    if (lace_rows_f32(loss, gradient[0], logits[0], wrong, NULL, NULL, 2, 3, NULL) != 1 || loss[0] != -1) return 1;
-    if (lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 2, 3, NULL) != -1) return 2;
-    if (!(loss[0] > 0.0265308f && loss[0] < 0.0265309f)) return 3;
-    if (!(loss[1] > 4.98005f && loss[1] < 4.98006f)) return 4;
+    float cross_entropy[2], probability[2];
+    int64_t rank[2];
+    lace_statistics_f32 statistics = {cross_entropy, probability, rank};
+    if (lace_rows_f32(loss, gradient[0], logits[0], wrong, NULL, NULL, 2, 3, NULL, &statistics) != 1) return 1;
+    if (loss[0] != -1) return 2;
+    if (lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 2, 3, NULL, &statistics) != -1) return 3;
+    if (!(loss[0] > 0.0265308f && loss[0] < 0.0265309f)) return 4;
+    if (!(loss[1] > 4.98005f && loss[1] < 4.98006f)) return 5;
+    if (!(cross_entropy[0] > 0.16984f && cross_entropy[0] < 0.16985f)) return 6;
+    if (!(probability[0] > 0.84379f && probability[0] < 0.84380f)) return 7;
+    if (rank[0] != 0 || rank[1] != 1) return 8;
     return 0;
 }
 """
