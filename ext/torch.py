@@ -488,7 +488,7 @@ def _loss_of_log_odds(u: Tensor, strength: float) -> Tensor:
     """
     v = torch.where(u > 1000, 0, u)
     e = torch.where(v < 0, v, -v).exp()
-    n = torch.where(v < 0, 0, v) + e.log1p()
+    n = torch.where(v < 0, 0, v) + 2 * (e / (2 + e)).atanh()  # log(1 + e), which ONNX would take literally
     r = torch.where(v < 0, e, 1) / (1 + e)
     return torch.where(u > 1000, u, (1 - strength + strength * r) * n)
 
