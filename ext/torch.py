@@ -245,6 +245,15 @@ def _is_recorded() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def _is_transformed(grad_output: Tensor) -> bool:
+    """Whether the backward pass runs under torch.func, in forward mode, or in the vmap of `is_grads_batched=True`."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad.unpack_dual(grad_output).tangent is not None  # type: ignore[no-untyped-call]
+        or (not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_output))
+    )
+
+
 class _Kernel(torch.autograd.Function):
     """The loss and what is known beside it. The gradient is formed in the same pass, except for a half type: rounded to
     it before a loss scale is known, it would underflow.
@@ -263,7 +272,11 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return _Gradient.apply(grad_output, *ctx.saved_tensors, ctx.options), None, None, None, None
+        input, target, weight, gradient = ctx.saved_tensors
+        if _is_transformed(grad_output):
+            again = torch.is_grad_enabled()
+            return _composite_gradient(grad_output, input, target, weight, ctx.options, again)[:1] + 4 * (None,)
+        return _Gradient.apply(grad_output, input, target, weight, gradient, ctx.options), None, None, None, None
 
 
 class _Gradient(torch.autograd.Function):
@@ -294,14 +307,22 @@ class _Gradient(torch.autograd.Function):
         grad_output, input, target, weight = ctx.saved_tensors
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            alias = input.view_as(input)  # the hooks of `input` itself run once, when this derivative reaches it
             seed = grad_output.view_as(grad_output) if grad_output.requires_grad else grad_output
-            loss = _composite(alias, target, weight, *ctx.options)
-            (gradient,) = torch.autograd.grad(loss, alias, seed, create_graph=True)
+            gradient, alias = _composite_gradient(seed, input, target, weight, ctx.options, True)
             by_input, *by_output = torch.autograd.grad(
                 gradient, [alias, seed] if seed.requires_grad else [alias], vector, create_graph=again
             )
         return by_output[0] if by_output else None, by_input, None, None, None, None
+
+
+def _composite_gradient(
+    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, options: Any, create_graph: bool
+) -> tuple[Tensor, Tensor]:
+    """And the alias of the input that it belongs to: hooks of the input itself run once, when the result reaches it."""
+    with torch.enable_grad():
+        alias = input.view_as(input)
+        loss = _composite(alias, target, weight, *options)
+        return torch.autograd.grad(loss, alias, grad_output, create_graph=create_graph)[0], alias
 
 
 def _forward(input: Tensor, target: Tensor, weight: Tensor | None, grad_output: Tensor | None, *options: Any) -> Any:

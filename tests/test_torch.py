@@ -3,19 +3,27 @@
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from tolerances import COMPOSITE
 
 from lace_loss import ext, ref
 from lace_loss.ext import torch as lace_torch
-from lace_loss.ext.torch import LACELoss, lace_loss
+from lace_loss.ext.torch import LACELoss, check_target, lace_loss
 
 torch.manual_seed(0)
 INPUT = 3 * torch.randn(4, 5, dtype=torch.double)
 CLASSES = torch.tensor([0, 4, -100, 2])
 PROBABILITIES = torch.rand(4, 5, dtype=torch.double).softmax(1)
+
+
+def leaf(dtype=torch.double):
+    return INPUT.to(dtype, copy=True).requires_grad_()
+
 
 each_target = pytest.mark.parametrize("target", [CLASSES, PROBABILITIES], ids=["classes", "probabilities"])
 
@@ -26,19 +34,30 @@ def test_gradients_and_their_gradients_match_finite_differences(target, reductio
     def loss(input):
         return lace_loss(input, target, reduction=reduction, label_smoothing=0.1, strength=0.7)
 
-    input = INPUT.clone().requires_grad_()
-    assert torch.autograd.gradcheck(loss, input)
-    assert torch.autograd.gradgradcheck(loss, input)
+    input = leaf()
+    assert torch.autograd.gradcheck(loss, input, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(loss, input, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.bfloat16])
+def test_a_batch_of_upstream_gradients_goes_through_either_vmap(dtype):
+    input, seeds = leaf(dtype), torch.eye(4, dtype=dtype)
+    loss = lace_loss(input, CLASSES, reduction="none")
+    one_by_one = torch.stack([torch.autograd.grad(loss, input, seed, retain_graph=True)[0] for seed in seeds])
+    (batched,) = torch.autograd.grad(loss, input, seeds, is_grads_batched=True, retain_graph=True)
+    mapped = torch.func.vmap(lambda seed: torch.autograd.grad(loss, input, seed, retain_graph=True)[0])(seeds)
+    for got in (batched, mapped):
+        torch.testing.assert_close(got, one_by_one, rtol=2 * torch.finfo(dtype).eps + COMPOSITE["float64"], atol=1e-15)
 
 
 def test_third_derivatives_exist():
     assert torch.autograd.gradgradcheck(
-        lambda z: torch.autograd.grad(lace_loss(z, CLASSES), z, create_graph=True)[0], INPUT.clone().requires_grad_()
+        lambda z: torch.autograd.grad(lace_loss(z, CLASSES), z, create_graph=True)[0], leaf()
     )
 
 
 def test_backward_may_run_twice_on_a_retained_graph():
-    input = INPUT.clone().requires_grad_()
+    input = leaf()
     loss = lace_loss(input, CLASSES)
     loss.backward(retain_graph=True)
     once = input.grad.clone()
@@ -53,7 +72,7 @@ def test_the_kernel_reads_tensors_without_a_copy(monkeypatch):
         "_run",
         lambda z, y, g, *rest, **options: seen.extend((z, y, g)) or ext._run(z, y, g, *rest, **options),
     )
-    input = INPUT.clone().requires_grad_()
+    input = leaf()
     lace_loss(input, CLASSES).backward()
     assert seen[0].ctypes.data == input.data_ptr()
     assert seen[1].ctypes.data == CLASSES.data_ptr()
@@ -109,14 +128,14 @@ def test_the_deprecated_arguments_choose_the_reduction_as_in_torch():
 
 def test_hooks_run_once_when_a_second_derivative_may_follow():
     for create_graph in (False, True):
-        input = INPUT.clone().requires_grad_()
+        input = leaf()
         input.register_hook(lambda gradient: 2 * gradient)
         (gradient,) = torch.autograd.grad(lace_loss(input, CLASSES), input, create_graph=create_graph)
         assert torch.allclose(gradient, 2 * torch.tensor(ref.backward(INPUT, CLASSES)), rtol=COMPOSITE["float64"])
 
 
 def test_an_ignored_sample_has_gradient_0_even_below_an_infinite_one():
-    input = INPUT.clone().requires_grad_()
+    input = leaf()
     lace_loss(input, CLASSES, reduction="none").sqrt().sum().backward()
     assert (input.grad[CLASSES == -100] == 0).all()
     assert input.grad.isfinite().all()
@@ -128,3 +147,197 @@ def test_half_weights_add_up_in_float32():
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
     expected = ref.forward(input.numpy(), target.numpy(), weight=weight.numpy())
     assert abs(lace_loss(input, target, weight.half()).item() - expected) <= 2.0**-11 * expected
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (4, 5, 3), (2, 5, 3, 2)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("path", ["kernel", "composite"])
+def test_statistics_are_what_log_softmax_and_a_stable_sort_give(shape, smoothing, path, monkeypatch):
+    if path == "composite":
+        monkeypatch.setattr(lace_torch, "_kernel_applies", lambda *_: False)
+    axis = min(1, len(shape) - 1)
+    for dtype in (torch.double, torch.float, torch.bfloat16):
+        input = torch.randint(-3, 4, shape).to(dtype)  # with ties
+        target = torch.randint(5, shape[:axis] + shape[axis + 1 :])
+        target = target if axis == 0 else target.index_fill(0, torch.tensor([1]), -100)
+        kept = target != -100
+        loss, found = LACELoss(label_smoothing=smoothing)(input.requires_grad_(), target, statistics=True)
+        loss.backward()
+        assert loss == lace_loss(input, target, label_smoothing=smoothing)
+        t = target.clamp(min=0).unsqueeze(axis)
+        log_q = input.detach().double().log_softmax(axis).gather(axis, t).squeeze(axis)
+        order = input.detach().double().argsort(stable=True, dim=axis, descending=True)
+        rank = (order == t).long().argmax(axis)
+        tolerance = COMPOSITE["float32" if path == "composite" and dtype != torch.double else "float64"]
+        tolerance = max(tolerance, 1e-6) if dtype != torch.double else tolerance
+        torch.testing.assert_close(found["cross_entropy"].double(), -log_q * kept, rtol=tolerance, atol=0)
+        torch.testing.assert_close(found["probability"].double(), log_q.exp() * kept, rtol=tolerance, atol=0)
+        assert torch.equal(found["rank"], rank.where(kept, 5))
+        assert not any(value.requires_grad for value in found.values())
+
+
+@pytest.mark.parametrize("path", ["kernel", "composite"])
+def test_nan_is_never_a_right_answer_in_the_statistics(path, monkeypatch):
+    if path == "composite":
+        monkeypatch.setattr(lace_torch, "_kernel_applies", lambda *_: False)
+    nan, inf = torch.nan, torch.inf
+    input = torch.tensor([[nan, 1.0, 2.0], [9.0, nan, 2.0], [inf, 0.0, 0.0], [-inf, 0.0, 1.0]])
+    _, found = lace_loss(input, torch.zeros(4, dtype=torch.long), statistics=True)
+    assert found["rank"].tolist() == [2, 1, 0, 2]
+    assert found["cross_entropy"].isnan().tolist() == [True, True, True, False]
+    assert found["probability"].isnan().tolist() == [True, True, True, False]
+    assert found["cross_entropy"][3] == inf
+    assert found["probability"][3] == 0
+
+
+@each_target
+@pytest.mark.parametrize("dtype", [torch.double, torch.float, torch.float16])
+def test_a_normalizer_takes_the_place_of_the_mean_s_denominator(target, dtype):
+    input = leaf(dtype)
+    target = target if target is CLASSES else target.to(dtype)
+    total = lace_loss(input.double(), target if target is CLASSES else target.double(), reduction="sum")
+    for normalizer in (3, 2.5, torch.tensor(3), torch.tensor(2.5, dtype=torch.double)):
+        input.grad = None
+        loss = LACELoss()(input, target, normalizer=normalizer)
+        loss.backward()
+        (expected,) = torch.autograd.grad(total / normalizer, input, retain_graph=True)
+        assert loss.dtype == dtype
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(loss.double(), (total / normalizer).double(), rtol=2 * eps, atol=0)
+        torch.testing.assert_close(input.grad, expected, rtol=4 * eps, atol=4 * eps)
+
+
+def test_a_normalizer_keeps_float16_sums_in_range_and_has_a_derivative():
+    input, target = torch.zeros(70_000, 2, dtype=torch.float16), torch.zeros(70_000, dtype=torch.long)
+    for loss in (lace_loss(input, target), lace_loss(input, target, normalizer=70_000)):
+        assert loss == torch.tensor(np.log(2) / 2).half()
+    normalizer = torch.tensor(3.0, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z, n: lace_loss(z, CLASSES, normalizer=n), (leaf(), normalizer))
+
+
+def test_seventy_thousand_float16_samples_have_the_right_gradient():
+    """1/140,000 is below what float16 holds exactly: torch's own loss and gradient here are 0 on a CPU."""
+    input = torch.zeros(70_000, 2, dtype=torch.float16, requires_grad=True)
+    target = torch.zeros(70_000, dtype=torch.long)
+    lace_loss(input, target).backward()
+    expected = ref.backward(input[:1].detach().numpy(), target[:1].numpy())[0] / 70_000
+    assert torch.equal(input.grad[123], torch.tensor(expected).half())
+    assert (input.grad == input.grad[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", ["kernel", "composite"])
+def test_autocast_returns_float32_and_takes_float32_weights_as_for_cross_entropy(dtype, path, monkeypatch):
+    if path == "composite":
+        monkeypatch.setattr(lace_torch, "_kernel_applies", lambda *_: False)
+    cross_entropy = torch.nn.functional.cross_entropy
+    weight = torch.rand(5)
+    for target in (CLASSES, PROBABILITIES.to(dtype), PROBABILITIES.float()):
+        for w in (None, weight, weight.to(dtype)):
+            results = []
+            for loss_of in (lambda *a: lace_loss(*a, strength=0), cross_entropy):
+                input = leaf(dtype)
+                with torch.autocast("cpu", dtype=dtype):
+                    loss = loss_of(input, target, w)
+                loss.backward()
+                results.append((loss, input.grad))
+            (ours, our_gradient), (theirs, their_gradient) = results
+            assert ours.dtype == theirs.dtype == torch.float32
+            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(our_gradient, their_gradient, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    with torch.autocast("cpu", dtype=dtype):
+        assert lace_loss(INPUT, CLASSES).dtype == torch.double
+        with pytest.raises(RuntimeError, match="expected scalar type Double but found Float"):
+            lace_loss(INPUT, CLASSES, weight)
+
+
+PEAK = """
+import re, torch
+from pathlib import Path
+from lace_loss.ext.torch import lace_loss
+lace_loss(torch.zeros(2, 2, dtype=torch.bfloat16, requires_grad=True), torch.zeros(2, dtype=torch.long)).backward()
+input = torch.zeros(2**14, 2**11, dtype=torch.bfloat16, requires_grad=True)  # 64 MiB
+target = torch.zeros(2**14, dtype=torch.long)
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+before = peak()
+with torch.autocast("cpu"):
+    loss = lace_loss(input, target)
+loss.backward()
+print(peak() - before)
+"""
+
+
+def test_autocast_needs_no_memory_but_the_gradient():
+    """64 MiB; a widened copy of the logits would take 128 more."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert 60 < float(done.stdout) < 64 + 32
+
+
+def test_a_class_that_does_not_exist_makes_its_own_sample_nan_where_it_cannot_be_refused():
+    target = torch.tensor([0, 5, -100, -1])
+    for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(5).double()}):
+        for reduction in ("none", "sum"):
+
+            def loss(z, options=options, reduction=reduction):
+                return lace_loss(z, target, reduction=reduction, **options).sum()
+
+            gradient = torch.func.grad(loss)(INPUT)
+            assert gradient.isnan().all(1).tolist() == [False, True, False, True]
+            assert gradient[0].isfinite().all()
+            assert (gradient[2] == 0).all()
+    with pytest.raises(IndexError, match=r"target\[1\] is 5, not a class: 0 to 4"):
+        check_target(target, 5)
+    check_target(torch.tensor([0, 4, -1]), 5, ignore_index=-1)
+
+
+def test_the_gradient_is_the_same_to_the_bit_whether_or_not_a_second_may_follow():
+    input = leaf(torch.float)
+    loss = lace_loss(input, CLASSES)
+    once, again = (
+        torch.autograd.grad(loss, input, create_graph=create, retain_graph=True)[0] for create in (False, True)
+    )
+    assert torch.equal(once, again.detach())
+
+
+def test_logits_changed_before_backward_are_refused_and_not_used():
+    input = leaf()
+    logits = 1 * input
+    loss = lace_loss(logits, CLASSES)
+    logits += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_channels_last_logits_have_a_channels_last_gradient():
+    input = torch.randn(2, 5, 3, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    lace_loss(input, torch.randint(5, (2, 3, 4))).backward()
+    assert input.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_views_with_the_negative_bit_are_read_right():
+    view = torch.complex(INPUT, INPUT).conj().imag
+    assert view.is_neg()
+    assert lace_loss(view, CLASSES) == lace_loss(-INPUT, CLASSES)
+
+
+def test_attributes_may_change_after_construction_as_torch_s_may():
+    module = LACELoss()
+    module.reduction, module.label_smoothing, module.ignore_index, module.strength = "sum", 0.1, 4, 0.5
+    target = CLASSES.clamp(min=0)
+    assert module(INPUT, target) == lace_loss(INPUT, target, None, None, 4, None, "sum", 0.1, strength=0.5)
+
+
+def test_weights_move_load_and_print_with_the_module():
+    theirs = torch.nn.CrossEntropyLoss(torch.rand(5))
+    module = LACELoss(torch.ones(5))
+    module.load_state_dict(theirs.state_dict())
+    assert torch.equal(module.weight, theirs.weight)
+    assert module.double().weight.dtype == torch.double
+    assert repr(LACELoss()) == repr(torch.nn.CrossEntropyLoss()).replace("CrossEntropy", "LACE")
+    assert repr(LACELoss(strength=0.5)) == "LACELoss(strength=0.5)"
+
+
+def test_the_deprecated_reduction_is_the_mean_and_warns():
+    with pytest.warns(UserWarning, match="elementwise_mean' is deprecated"):
+        assert lace_loss(INPUT, CLASSES, reduction="elementwise_mean") == lace_loss(INPUT, CLASSES)
