@@ -1,5 +1,7 @@
 """Bad input is refused with the value and the rule, by the same type in `ref` and `ext`, and by torch's in torch."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -135,6 +137,55 @@ def test_torch_refuses_what_cross_entropy_refuses_and_by_the_same_type(input, ta
         lace_loss(input, target, **options)
 
 
+SHAPES = [
+    (),
+    (1,),
+    (3,),
+    (0,),
+    (2, 3),
+    (2, 0),
+    (0, 3),
+    (1, 1),
+    (2, 1),
+    (2, 3, 4),
+    (2, 3, 0),
+    (2, 3, 4, 5),
+    (1, 3, 2, 2, 2),
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64]
+TARGET_DTYPES = [*DTYPES, torch.bool, torch.uint8]
+
+
+def outcome(loss, *arguments, **options):
+    try:
+        return loss(*arguments, **options)
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_call_is_taken_or_refused_as_by_cross_entropy(shape):
+    """But for uint8 classes of images, which torch takes for rows only, and a lone sample's class given as (1,) with
+    label smoothing, for which it trips over itself.
+    """
+    classes = shape[min(1, len(shape) - 1)] if shape else 1
+    extras = [{}, {"reduction": "none"}, {"label_smoothing": 0.1}, {"ignore_index": 0}, {"reduction": "sum"}]
+    extras += [{"weight": torch.ones(n, dtype=dtype)} for n, dtype in product((classes, classes + 1), DTYPES)]
+    targets = {shape, shape[:1] + shape[2:], shape[1:], (), (1,), (2,), (3,), (2, 1)}
+    for target, dtype, target_dtype, extra in product(targets, DTYPES, TARGET_DTYPES, extras):
+        arguments = torch.zeros(shape, dtype=dtype), torch.zeros(target, dtype=target_dtype)
+        theirs = outcome(torch.nn.functional.cross_entropy, *arguments, **extra)
+        ours = outcome(lace_loss, *arguments, strength=0, **extra)
+        case = (shape, target, dtype, target_dtype, extra)
+        if isinstance(theirs, type):
+            images = target_dtype == torch.uint8 and len(shape) > 2
+            lone = target == (1,) and len(shape) == 1 and "label_smoothing" in extra
+            assert ours == theirs or images or lone, case
+        else:
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), case
+            assert torch.allclose(ours, theirs, equal_nan=True, rtol=1e-2), case
+
+
 def test_torch_names_the_bad_class_and_its_place():
     for requires_grad in (False, True):
         with pytest.raises(IndexError, match=r"target\[2\] is 3, not a class: 0 to 2"):
@@ -148,3 +199,15 @@ def test_torch_refuses_what_cross_entropy_would_silently_take_for_0():
         lace_loss(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), label_smoothing=-0.5)
     with pytest.raises(ValueError, match=r"strength must be in \[0, 1\], got 2"):
         LACELoss(strength=2)(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
+
+
+def test_what_torch_does_not_have_is_refused_with_the_value():
+    input, classes = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(TypeError, match="strength must be a number, not a Tensor"):
+        lace_loss(input, classes, strength=torch.tensor(0.5, requires_grad=True))
+    with pytest.raises(ValueError, match="place of the mean's denominator, got reduction 'sum'"):
+        lace_loss(input, classes, reduction="sum", normalizer=3)
+    with pytest.raises(ValueError, match=r"normalizer must be a number or 0-d, got shape \(4,\)"):
+        lace_loss(input, classes, normalizer=torch.ones(4))
+    with pytest.raises(ValueError, match="statistics are of class indices"):
+        lace_loss(input, input.softmax(1), statistics=True)
