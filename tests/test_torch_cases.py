@@ -4,6 +4,7 @@ At strength 0 the witness is cross_entropy itself, at strength 1 it is `ref`.
 """
 
 import warnings
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from torch.autograd import forward_ad
 from lace_loss import ref
 from lace_loss.ext.torch import LACELoss, lace_loss
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # torch's own, on import
+# The import would freeze the flags of cudnn for the whole process.
+with warnings.catch_warnings(), patch.object(torch.backends, "disable_global_flags"):
+    warnings.simplefilter("ignore")
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
 
