@@ -11,10 +11,20 @@
 #error "lace: -ffast-math breaks error-free sums and NaN; compile without it"
 #endif
 
+#ifndef LACE_ISA
+#define LACE_ISA /* what ends the names of a build for one instruction set */
+#endif
+#define JOIN(x, type, isa) x##type##isa
+#define SUFFIXED(x, type, isa) JOIN(x, type, isa)
+
+#define NEAR 32768 /* logits of the rows that are worked on together: with their gradients they take 256 KiB of cache */
+
 #define REAL float
 #define BITS uint32_t
 #define SIGNED int32_t
-#define NAME(x) x##_f32
+#define NAME(x) SUFFIXED(x, _f32, LACE_ISA)
+#define OPTIONS lace_options_f32
+#define STATISTICS lace_statistics_f32
 #define MANTISSA 23
 #define BIAS 127
 #define ONE_BITS UINT32_C(0x3f800000)
@@ -30,29 +40,13 @@
 #define EXP {0.5f, 0.16666667f, 0.041666456f, 0.0083333105f, 0.0013934541f, 0.0001989198f}
 #define LOG {0.6666667f, 0.40000126f, 0.28550398f, 0.23341943f}
 #include "lace_rows.h"
-#undef REAL
-#undef BITS
-#undef SIGNED
-#undef NAME
-#undef MANTISSA
-#undef BIAS
-#undef ONE_BITS
-#undef SQRT_HALF_BITS
-#undef HIGH_HALF
-#undef ROUNDER
-#undef SMALLEST_EXPONENT
-#undef RAISED
-#undef LOWER
-#undef LOG2E
-#undef LN2_HIGH
-#undef LN2_LOW
-#undef EXP
-#undef LOG
 
 #define REAL double
 #define BITS uint64_t
 #define SIGNED int64_t
-#define NAME(x) x##_f64
+#define NAME(x) SUFFIXED(x, _f64, LACE_ISA)
+#define OPTIONS lace_options_f64
+#define STATISTICS lace_statistics_f64
 #define MANTISSA 52
 #define BIAS 1023
 #define ONE_BITS UINT64_C(0x3ff0000000000000)

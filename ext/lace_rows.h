@@ -6,16 +6,19 @@
  *    It is kept 2^RAISED too large until it is summed: terms that underflow one by one may add up to much.
  * b) The sum leaves one class out, by index: the target's, or in rows with a target for every class the largest
  *    logit's. So 1 - q is a quotient of sums of non-negative terms, never a difference.
- * c) Sums run in LANES fixed lanes and keep every rounding error: exact enough at any k, the same bits at any vector width.
+ * c) Sums run in CHUNK fixed lanes and keep every rounding error: exact enough at any k, the same bits at any vector width.
  * d) What remains of a row is a dozen operations on pairs (high, low): seven plain roundings in a row would cost 7 ulp.
+ *    They take as long as 300 exponentials, but not for BATCH rows side by side.
  */
-enum { NAME(LANES) = 16, NAME(CHUNK) = 64 };
+enum { NAME(CHUNK) = 64, NAME(BATCH) = 32 };
 
-#define LANES NAME(LANES)
 #define CHUNK NAME(CHUNK)
+#define BATCH NAME(BATCH)
 #define Pair NAME(Pair)
 #define Lanes NAME(Lanes)
-#define Row NAME(Row)
+#define Pairs NAME(Pairs)
+#define Rows NAME(Rows)
+#define Job NAME(Job)
 #define Terms NAME(Terms)
 #define Target NAME(Target)
 #define bits_of NAME(bits_of)
@@ -32,14 +35,18 @@ enum { NAME(LANES) = 16, NAME(CHUNK) = 64 };
 #define exponentials NAME(exponentials)
 #define log_1_plus NAME(log_1_plus)
 #define accumulate NAME(accumulate)
+#define half_of NAME(half_of)
 #define total NAME(total)
 #define maximum NAME(maximum)
 #define sum_exponentials NAME(sum_exponentials)
-#define hard_row NAME(hard_row)
+#define get NAME(get)
+#define set NAME(set)
+#define finish_sums NAME(finish_sums)
+#define hard_rows NAME(hard_rows)
 #define negative_log NAME(negative_log)
 #define describe NAME(describe)
 #define class_terms NAME(class_terms)
-#define soft_row NAME(soft_row)
+#define soft_rows NAME(soft_rows)
 
 typedef struct { REAL high, low; } Pair; /* their exact sum, |low| at most about an ulp of high */
 
@@ -150,116 +157,176 @@ static Pair log_1_plus(Pair x)
     return add(n_ln2, log_f);
 }
 
-typedef struct { REAL high[LANES], low[LANES]; } Lanes;
+typedef struct { REAL high[CHUNK], low[CHUNK]; } Lanes; /* term j goes to lane j modulo CHUNK */
 
-/* sum[l] += e[l] + e[l + LANES] + ..., with every rounding error kept */
-static inline void accumulate(Lanes *restrict sum, const REAL *restrict e)
+/* Half of the lanes that k terms reach, rounded up to a power of two; 0 if that is one lane. */
+static inline size_t half_of(size_t k)
 {
-    for (size_t i = 0; i < CHUNK; i += LANES)
-        for (size_t l = 0; l < LANES; l++) {
-            Pair s = two_sum(sum->high[l], e[i + l]);
-            sum->high[l] = s.high;
-            sum->low[l] += s.low;
-        }
+    size_t half = CHUNK / 2;
+    while (half >= k) half /= 2;
+    return half;
 }
 
-static inline Pair total(const Lanes *sum)
+/* sum[l] += e[l] with every rounding error kept */
+static inline void accumulate(Lanes *restrict sum, const REAL *restrict e, size_t count)
 {
-    Pair all = {0, 0};
-    for (size_t l = 0; l < LANES; l++) {
-        Pair lane = {sum->high[l], sum->low[l]};
-        all = add(all, lane);
+    for (size_t l = 0; l < count; l++) {
+        Pair s = two_sum(sum->high[l], e[l]);
+        sum->high[l] = s.high;
+        sum->low[l] += s.low;
     }
-    return all;
+}
+
+/* The sum of the lanes that k terms have reached. */
+static inline Pair total(Lanes *sum, size_t k)
+{
+    for (size_t half = half_of(k); half > 0; half /= 2)
+        for (size_t l = 0; l < half; l++) {
+            Pair s = two_sum(sum->high[l], sum->high[l + half]);
+            sum->high[l] = s.high;
+            sum->low[l] += sum->low[l + half] + s.low;
+        }
+    return two_sum(sum->high[0], finite(sum->high[0]) ? sum->low[0] : 0); /* beside an infinity a low part is NaN */
 }
 
 static REAL maximum(const REAL *z, size_t k)
 {
-    REAL lanes[LANES];
-    for (size_t l = 0; l < LANES; l++) lanes[l] = z[l < k ? l : 0];
-    for (size_t j = LANES; j < k; j += LANES)
-        for (size_t l = 0; l < (k - j < LANES ? k - j : LANES); l++) lanes[l] = z[j + l] > lanes[l] ? z[j + l] : lanes[l];
-    for (size_t l = 1; l < LANES; l++) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
-    return lanes[0];
+    const size_t half = half_of(k), first = k < CHUNK ? k : CHUNK;
+    REAL max[CHUNK];
+    for (size_t l = 0; l < first; l++) max[l] = z[l];
+    for (size_t l = first; l < 2 * half; l++) max[l] = z[0];
+    for (size_t j = CHUNK; j < k; j += CHUNK) {
+        const size_t count = k - j < CHUNK ? k - j : CHUNK;
+        for (size_t l = 0; l < count; l++) max[l] = z[j + l] > max[l] ? z[j + l] : max[l];
+    }
+    for (size_t h = half; h > 0; h /= 2)
+        for (size_t l = 0; l < h; l++) max[l] = max[l + h] > max[l] ? max[l + h] : max[l];
+    return max[0];
 }
 
-/* What the formulas need of a row: q and r of class `out` and the logarithm of the sum over all classes. */
-typedef struct {
-    REAL max;
-    Pair others;  /* sum of exp(z_j - max) over j != out */
-    Pair inverse; /* 1 / sum over all j */
-    Pair log_sum; /* log of the sum over all j */
-    REAL own;     /* exp(z_out - max) */
-} Row;
+typedef struct { REAL high[BATCH], low[BATCH]; } Pairs;
 
-/* Leaves 2^RAISED exp(z_j - max), and 0 at `out`, in `e` unless that is NULL. */
-static Row sum_exponentials(REAL *e, const REAL *z, size_t k, REAL max, size_t out)
+static inline Pair get(const Pairs *pairs, size_t r)
 {
-    Row row = {max, {0, 0}, {0, 0}, {0, 0}, 0};
+    Pair p = {pairs->high[r], pairs->low[r]};
+    return p;
+}
+
+static inline void set(Pairs *pairs, size_t r, Pair p)
+{
+    pairs->high[r] = p.high;
+    pairs->low[r] = p.low;
+}
+
+/* What the formulas need of some rows, side by side so that a compiler works on several at once. */
+typedef struct {
+    REAL max[BATCH];
+    REAL z[BATCH];   /* the logit of class `out` */
+    REAL own[BATCH]; /* exp(z - max) */
+    Pairs others;    /* sum of exp(z_j - max) over j != out */
+    Pairs inverse;   /* 1 / sum over all j */
+    Pairs log_sum;   /* log of the sum over all j */
+} Rows;
+
+/* Starts row r. Leaves 2^RAISED exp(z_j - max), and 0 at `out`, in `e` unless that is NULL. */
+static void sum_exponentials(Rows *rows, size_t r, REAL *e, const REAL *z, size_t k, REAL max, size_t out)
+{
     Lanes lanes = {{0}, {0}};
-    Pair one = {1, 0}, own = {0, 0}, rest;
     for (size_t j = 0; j < k; j += CHUNK) {
-        REAL block[CHUNK];
-        size_t count = k - j < CHUNK ? k - j : CHUNK;
+        REAL here[CHUNK], *block = e ? e + j : here;
+        const size_t count = k - j < CHUNK ? k - j : CHUNK;
         exponentials(block, z + j, max, count);
-        for (size_t i = count; i < CHUNK; i++) block[i] = 0;
         if (out - j < count) {
-            row.own = block[out - j] * LOWER;
+            rows->own[r] = block[out - j] * LOWER;
             block[out - j] = 0;
         }
-        accumulate(&lanes, block);
-        if (e)
-            for (size_t i = 0; i < count; i++) e[j + i] = block[i];
+        accumulate(&lanes, block, count);
     }
-    row.others = total(&lanes);
-    row.others.high *= LOWER;
-    row.others.low *= LOWER;
-    own.high = row.own;
-    /* All but the largest term, which is exactly 1: either `out` is left out of the sum already, or it is small. */
-    rest = row.others;
-    if (z[out] < max) {
-        rest.high -= 1;
-        rest = add(rest, own);
-    }
-    row.inverse = divide(one, add(rest, one));
-    row.log_sum = log_1_plus(rest);
-    return row;
+    Pair others = total(&lanes, k);
+    others.high *= LOWER;
+    others.low *= LOWER;
+    set(&rows->others, r, others);
+    rows->max[r] = max;
+    rows->z[r] = z[out];
 }
 
-/* -log q_t */
-static inline Pair negative_log(const Row *row, REAL z_t)
+/* All but the largest term, which is exactly 1: either `out` is left out of the sum already, or it is small. */
+static void finish_sums(Rows *rows, size_t count)
 {
-    return add(two_sum(row->max, -z_t), row->log_sum);
+    for (size_t r = 0; r < count; r++) {
+        const int small = rows->z[r] < rows->max[r];
+        Pair one = {1, 0}, own = {small ? rows->own[r] : 0, 0}, rest = get(&rows->others, r);
+        rest.high -= (small ? 1 : 0) + (rows->max[r] - rows->max[r]); /* NaN beside +inf */
+        rest = add(rest, own);
+        set(&rows->inverse, r, divide(one, add(rest, one)));
+        set(&rows->log_sum, r, log_1_plus(rest));
+    }
 }
 
-static void describe(const NAME(lace_statistics) *to, size_t i, const REAL *z, size_t k, size_t t, const Row *row)
+/* -log q of the class whose logit is z */
+static inline Pair negative_log(const Rows *rows, size_t r, REAL z)
+{
+    return add(two_sum(rows->max[r], -z), get(&rows->log_sum, r));
+}
+
+static void describe(const STATISTICS *to, size_t i, const Rows *rows, size_t r, const REAL *z, size_t k,
+                     size_t t)
 {
     REAL e;
     int64_t rank = 0;
-    exponentials(&e, z + t, row->max, 1);
+    exponentials(&e, z + t, rows->max[r], 1);
     Pair e_t = {e * LOWER, 0};
     for (size_t j = 0; j < t; j++) rank += !(z[j] < z[t]); /* NaN counts as larger */
     for (size_t j = t + 1; j < k; j++) rank += !(z[j] <= z[t]);
-    to->cross_entropy[i] = rounded(negative_log(row, z[t]));
-    to->probability[i] = rounded(multiply(e_t, row->inverse));
+    to->cross_entropy[i] = rounded(negative_log(rows, r, z[t]));
+    to->probability[i] = rounded(multiply(e_t, get(&rows->inverse, r)));
     to->rank[i] = rank;
 }
 
-/* Loss of one row; its gradient times `scale` if `gradient` is not NULL. */
-static REAL hard_row(Row *row, REAL *gradient, const REAL *z, size_t k, size_t t, REAL scale, REAL strength)
+typedef struct {
+    REAL *loss, *gradient;
+    const REAL *logits;
+    const int64_t *target;
+    const REAL *probability, *scale;
+    size_t k;
+    const OPTIONS *options;
+} Job;
+
+/* Losses and gradients of the `count` rows that `index` names. */
+static void hard_rows(Rows *rows, const Job *job, const size_t *index, size_t count)
 {
-    *row = sum_exponentials(gradient, z, k, maximum(z, k), t);
-    Pair s = {strength, 0}, rest = two_sum(1, -strength), e_t = {row->own, 0}, g = {scale, 0}, none = {0, 0};
-    Pair r = multiply(row->others, row->inverse), q = multiply(e_t, row->inverse);
-    Pair n = negative_log(row, z[t]);
-    Pair qn = q.high == 0 ? none : multiply(q, n); /* its limit where n is infinite */
-    if (gradient) {
-        Pair factor = multiply(g, add(rest, multiply(s, add(r, qn))));
-        REAL f = rounded(multiply(factor, row->inverse));
-        for (size_t j = 0; j < k; j++) gradient[j] = (gradient[j] * LOWER) * f;
-        gradient[t] = -rounded(multiply(factor, r));
+    const size_t k = job->k;
+    const REAL *weight = job->options->weight;
+    REAL w[BATCH], g[BATCH], f[BATCH], others[BATCH], own[BATCH];
+    for (size_t r = 0; r < count; r++) {
+        const size_t i = index[r], t = (size_t)job->target[i];
+        const REAL *z = job->logits + i * k;
+        sum_exponentials(rows, r, job->gradient ? job->gradient + i * k : NULL, z, k, maximum(z, k), t);
+        w[r] = weight ? weight[t] : 1;
+        g[r] = job->scale ? w[r] * job->scale[i] : w[r];
     }
-    return rounded(multiply(add(rest, multiply(s, r)), n));
+    finish_sums(rows, count);
+    const Pair s = {job->options->strength, 0}, rest = two_sum(1, -job->options->strength);
+    for (size_t r = 0; r < count; r++) {
+        const Pair inverse = get(&rows->inverse, r), e_t = {rows->own[r], 0}, scale = {g[r], 0};
+        Pair p = multiply(get(&rows->others, r), inverse), q = multiply(e_t, inverse);
+        Pair n = negative_log(rows, r, rows->z[r]), qn = multiply(q, n);
+        qn.high = q.high == 0 ? 0 : qn.high; /* its limit where n is infinite */
+        qn.low = q.high == 0 ? 0 : qn.low;
+        Pair factor = multiply(scale, add(rest, multiply(s, add(p, qn))));
+        others[r] = rounded(multiply(factor, inverse));
+        own[r] = -rounded(multiply(factor, p));
+        f[r] = weighted(w[r], rounded(multiply(add(rest, multiply(s, p)), n)));
+    }
+    for (size_t r = 0; r < count; r++) {
+        const size_t i = index[r];
+        job->loss[i] = f[r];
+        if (job->gradient) {
+            REAL *row = job->gradient + i * k;
+            for (size_t j = 0; j < k; j++) row[j] = (row[j] * LOWER) * others[r];
+            row[job->target[i]] = own[r];
+        }
+    }
 }
 
 /* q, r, a f and a K, as in ref/loss.py, of `count` classes. */
@@ -268,98 +335,133 @@ typedef struct { REAL q[CHUNK], r[CHUNK], af[CHUNK], ak[CHUNK]; } Terms;
 typedef struct {
     const REAL *probability; /* or NULL: all on class t */
     const REAL *weight;      /* or NULL */
-    size_t t, k;
-    REAL smoothing, strength;
+    size_t t, k, top;
+    REAL keep, spread, strength; /* 1 - e, e / k, s */
 } Target;
 
-static void class_terms(Terms *x, const REAL *z, size_t j, size_t count, const Row *row, size_t top, const Target *y)
+static void class_terms(Terms *x, const Rows *rows, size_t r, const REAL *z, size_t j, size_t count, const Target *y)
 {
-    const REAL s = y->strength, keep = 1 - y->smoothing, spread = y->smoothing / (REAL)y->k;
-    exponentials(x->q, z + j, row->max, count);
+    const REAL s = y->strength, max = rows->max[r], inverse = rows->inverse.high[r], log_sum = rows->log_sum.high[r];
+    exponentials(x->q, z + j, max, count);
     for (size_t i = 0; i < count; i++) {
-        x->q[i] = (x->q[i] * LOWER) * row->inverse.high;
+        x->q[i] = (x->q[i] * LOWER) * inverse;
         x->r[i] = 1 - x->q[i];
     }
-    if (top - j < count) x->r[top - j] = row->others.high * row->inverse.high;
+    if (y->top - j < count) x->r[y->top - j] = rows->others.high[r] * inverse;
     for (size_t i = 0; i < count; i++) {
-        REAL n = (row->max - z[j + i]) + row->log_sum.high, q = x->q[i], r = x->r[i];
-        REAL f = ((1 - s) + s * r) * n;
-        REAL a = keep * (y->probability ? y->probability[j + i] : (REAL)(j + i == y->t)) + spread;
+        REAL n = (max - z[j + i]) + log_sum, q = x->q[i], p = x->r[i], qn = q * n;
+        REAL f = ((1 - s) + s * p) * n;
+        REAL a = y->keep * (y->probability ? y->probability[j + i] : (REAL)(j + i == y->t)) + y->spread;
         a = y->weight ? a * y->weight[j + i] : a;
         x->af[i] = weighted(a, f);
-        x->ak[i] = a * ((1 - s) + s * (r + (q == 0 ? 0 : q * n)));
+        x->ak[i] = a * ((1 - s) + s * (p + (q == 0 ? 0 : qn)));
     }
-    for (size_t i = count; i < CHUNK; i++) x->af[i] = x->ak[i] = 0;
 }
 
-/* As hard_row, for a target that gives every class a coefficient. */
-static REAL soft_row(Row *row, REAL *gradient, const REAL *z, REAL scale, const Target *y)
+/* As hard_rows, for targets that give every class a coefficient. */
+static void soft_rows(Rows *rows, const Job *job, const size_t *index, size_t count)
 {
-    const size_t k = y->k;
-    const REAL max = maximum(z, k);
-    size_t top = 0;
-    while (top < k - 1 && z[top] < max) top++;
-    *row = sum_exponentials(NULL, z, k, max, top);
-    Lanes losses = {{0}, {0}}, slopes = {{0}, {0}};
-    Terms x;
-    for (size_t j = 0; j < k; j += CHUNK) {
-        class_terms(&x, z, j, k - j < CHUNK ? k - j : CHUNK, row, top, y);
-        accumulate(&losses, x.af);
-        accumulate(&slopes, x.ak);
+    const size_t k = job->k;
+    const REAL e = job->options->label_smoothing;
+    size_t top[BATCH];
+    for (size_t r = 0; r < count; r++) {
+        const REAL *z = job->logits + index[r] * k, max = maximum(z, k);
+        top[r] = 0;
+        while (top[r] < k - 1 && z[top[r]] < max) top[r]++;
+        sum_exponentials(rows, r, NULL, z, k, max, top[r]);
     }
-    if (gradient) {
-        const Pair all = total(&slopes); /* a pair, for what is left without a class that has nearly all */
+    finish_sums(rows, count);
+    for (size_t r = 0; r < count; r++) {
+        const size_t i = index[r];
+        const REAL *z = job->logits + i * k, scale = job->scale ? job->scale[i] : 1;
+        REAL *row = job->gradient ? job->gradient + i * k : NULL;
+        Target y = {job->probability ? job->probability + i * k : NULL, job->options->weight, 0, k, top[r],
+                    1 - e, e / (REAL)k, job->options->strength};
+        Lanes losses = {{0}, {0}}, slopes = {{0}, {0}};
+        Terms x;
+        if (!job->probability) y.t = (size_t)job->target[i];
         for (size_t j = 0; j < k; j += CHUNK) {
-            size_t count = k - j < CHUNK ? k - j : CHUNK;
-            class_terms(&x, z, j, count, row, top, y);
-            for (size_t i = 0; i < count; i++)
-                gradient[j + i] = scale * (x.q[i] * ((all.high - x.ak[i]) + all.low) - x.r[i] * x.ak[i]);
+            const size_t part = k - j < CHUNK ? k - j : CHUNK;
+            class_terms(&x, rows, r, z, j, part, &y);
+            accumulate(&losses, x.af, part);
+            accumulate(&slopes, x.ak, part);
+        }
+        job->loss[i] = rounded(total(&losses, k));
+        const Pair all = total(&slopes, k); /* a pair, for what is left without a class that has nearly all */
+        for (size_t j = 0; row && j < k; j += CHUNK) {
+            const size_t part = k - j < CHUNK ? k - j : CHUNK;
+            class_terms(&x, rows, r, z, j, part, &y);
+            for (size_t c = 0; c < part; c++)
+                row[j + c] = scale * (x.q[c] * ((all.high - x.ak[c]) + all.low) - x.r[c] * x.ak[c]);
         }
     }
-    return rounded(total(&losses));
 }
 
 int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const int64_t *target, const REAL *probability,
-                        const REAL *scale, size_t n, size_t k, const NAME(lace_options) *options,
-                        const NAME(lace_statistics) *statistics)
+                        const REAL *scale, size_t n, size_t k, const OPTIONS *options,
+                        const STATISTICS *statistics)
 {
-    const NAME(lace_options) defaults = {NULL, 0, 1, -100};
+    const OPTIONS defaults = {NULL, 0, 1, -100};
     if (!options) options = &defaults;
     if (!probability)
         for (size_t i = 0; i < n; i++)
             if (target[i] != options->ignore_index && (target[i] < 0 || (uint64_t)target[i] >= k)) return (int64_t)i;
+    const Job job = {loss, gradient, logits, target, probability, scale, k, options};
+    const size_t fitting = NEAR / k, limit = fitting < 1 ? 1 : fitting < BATCH ? fitting : BATCH;
+    size_t index[BATCH], count = 0;
+    Rows rows;
     for (size_t i = 0; i < n; i++) {
-        Row found;
-        REAL *row = gradient ? gradient + i * k : NULL;
-        REAL g = scale ? scale[i] : 1;
-        Target y = {probability ? probability + i * k : NULL, options->weight, 0, k, options->label_smoothing,
-                    options->strength};
         if (!probability && target[i] == options->ignore_index) {
             loss[i] = 0;
-            for (size_t j = 0; row && j < k; j++) row[j] = 0;
+            for (size_t j = 0; gradient && j < k; j++) gradient[i * k + j] = 0;
             if (statistics) {
                 statistics->cross_entropy[i] = statistics->probability[i] = 0;
                 statistics->rank[i] = (int64_t)k;
             }
-            continue;
-        }
-        if (!probability) y.t = (size_t)target[i];
-        if (probability || y.smoothing != 0) {
-            loss[i] = soft_row(&found, row, logits + i * k, g, &y);
         } else {
-            REAL w = y.weight ? y.weight[y.t] : 1, f = hard_row(&found, row, logits + i * k, k, y.t, w * g, y.strength);
-            loss[i] = weighted(w, f);
+            index[count++] = i;
         }
-        if (statistics && !probability) describe(statistics, i, logits + i * k, k, y.t, &found);
+        if (count == limit || (i == n - 1 && count > 0)) {
+            if (probability || options->label_smoothing != 0)
+                soft_rows(&rows, &job, index, count);
+            else
+                hard_rows(&rows, &job, index, count);
+            for (size_t r = 0; statistics && !probability && r < count; r++)
+                describe(statistics, index[r], &rows, r, logits + index[r] * k, k, (size_t)target[index[r]]);
+            count = 0;
+        }
     }
     return -1;
 }
 
-#undef LANES
+/* for the next type */
+#undef REAL
+#undef BITS
+#undef SIGNED
+#undef NAME
+#undef OPTIONS
+#undef STATISTICS
+#undef MANTISSA
+#undef BIAS
+#undef ONE_BITS
+#undef SQRT_HALF_BITS
+#undef HIGH_HALF
+#undef ROUNDER
+#undef SMALLEST_EXPONENT
+#undef RAISED
+#undef LOWER
+#undef LOG2E
+#undef LN2_HIGH
+#undef LN2_LOW
+#undef EXP
+#undef LOG
 #undef CHUNK
+#undef BATCH
 #undef Pair
 #undef Lanes
-#undef Row
+#undef Pairs
+#undef Rows
+#undef Job
 #undef Terms
 #undef Target
 #undef bits_of
@@ -376,11 +478,15 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
 #undef exponentials
 #undef log_1_plus
 #undef accumulate
+#undef half_of
 #undef total
 #undef maximum
 #undef sum_exponentials
-#undef hard_row
+#undef get
+#undef set
+#undef finish_sums
+#undef hard_rows
 #undef negative_log
 #undef describe
 #undef class_terms
-#undef soft_row
+#undef soft_rows

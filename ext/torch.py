@@ -14,6 +14,7 @@ place where the result is the same (see `_kernel_applies`).
 from __future__ import annotations
 
 from functools import reduce as fold
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def lace_loss(
     Parameters
     ----------
     input : (C,), (N, C) or (N, C, d1, ...) logits, floating. float16 and bfloat16 are computed in float32.
-    target : class indices of the shape without C (any integer dtype), or probabilities of the input's shape.
+    target : class indices of the shape without C (int8 to int64, uint8), or probabilities of the input's shape.
     strength : s in [0, 1]: 1 is LACE, 0 is cross entropy.
     normalizer : a number or 0-d tensor that takes the place of the mean's denominator: what all batches of a gradient
         accumulation, or all processes, count together.
@@ -63,9 +64,10 @@ def lace_loss(
 
     Raises
     ------
-    What `cross_entropy` raises for the same arguments; IndexError for a class that does not exist, on a CPU (elsewhere,
-    and under `torch.func`, its sample's loss and gradient are NaN: see `check_target`); ValueError for a strength
-    outside [0, 1], a normalizer without a mean or of a shape, and statistics of probabilities.
+    What `cross_entropy` raises for the same arguments; IndexError for a class that does not exist, where Python may read
+    it (else its sample's loss and gradient are NaN: on a GPU, under `torch.func`, in exported and traced graphs, and
+    where a composite form is compiled; see `check_target`); ValueError for a strength outside [0, 1], a normalizer
+    without a mean or of a shape, and statistics of probabilities.
     """
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
@@ -76,6 +78,8 @@ def lace_loss(
             normalizer=normalizer,
             statistics=statistics,
         )
+    if isinstance(ignore_index, (np.integer, Tensor)):
+        ignore_index = index(ignore_index)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     reduction = ("none", "mean", "sum")[_reduction.get_enum(reduction)]
@@ -86,15 +90,17 @@ def lace_loss(
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f"normalizer takes the place of the mean's denominator, got reduction {reduction!r}")
-        if isinstance(normalizer, Tensor) and normalizer.dim():
-            raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(normalizer.shape)}")
+        if np.ndim(normalizer):
+            raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(np.shape(normalizer))}")
         reduction = "sum"
     if not _is_well_formed(input, target, weight, ignore_index, label_smoothing):
         by_torch = F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
         if not 0 <= label_smoothing <= 1:
             raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
         if input.numel() or statistics:
-            raise RuntimeError(f"target {tuple(target.shape)} does not fit an input of shape {tuple(input.shape)}")
+            given = {"input": input, "target": target, "weight": weight}
+            kinds = [f"{name} {x.dtype} {tuple(x.shape)}" for name, x in given.items() if x is not None]
+            raise RuntimeError(f"these do not go together: {', '.join(kinds)}, ignore_index {ignore_index}")
         return by_torch  # no logits, C = 0 among them: nothing for the strength to change
     probabilities = target.shape == input.shape
     if statistics and probabilities:
@@ -120,9 +126,9 @@ def lace_loss(
 
 
 class LACELoss(_WeightedLoss):
-    """`lace_loss` as a module; arguments as `torch.nn.CrossEntropyLoss`, and `strength`."""
-
-    __constants__ = ("ignore_index", "reduction", "label_smoothing", "strength")
+    """`lace_loss` as a module: constructed as `torch.nn.CrossEntropyLoss`, with `strength`; called with input and target,
+    and on request `normalizer` and `statistics`.
+    """
 
     def __init__(
         self,
@@ -175,8 +181,10 @@ def _is_well_formed(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> bool:
     """Whether `cross_entropy` would take these arguments (but for other index dtypes); it words the refusal itself."""
-    tensors = all(isinstance(x, Tensor) for x in (input, target, *([] if weight is None else [weight])))
-    if not (tensors and input.dtype in _FLOATING and input.layout == torch.strided and input.dim()):
+    given = [input, target] if weight is None else [input, target, weight]
+    if not all(isinstance(x, Tensor) and x.layout == torch.strided and not x.is_complex() for x in given):
+        return False
+    if input.dtype not in _FLOATING or input.dim() == 0:
         return False
     axis = _class_axis(input)
     classes, samples = input.shape[axis], input.shape[:axis] + input.shape[axis + 1 :]
@@ -191,7 +199,7 @@ def _is_well_formed(
         fits
         and classes > 0
         and (weight is None or weight.shape == (classes,))
-        and isinstance(ignore_index, int)
+        and type(ignore_index) is int
         and 0 <= label_smoothing <= 1
     )
 
@@ -232,7 +240,7 @@ def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether the numbers are this process's to read: on a CPU, outside of torch.func and jit, and no subclass."""
+    """Whether Python may read the numbers: on a CPU, no subclass, outside of torch.func and jit's tracing."""
     return (
         all(x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -296,10 +304,11 @@ class _Gradient(torch.autograd.Function):
         ctx.save_for_backward(grad_output, input, target, weight)
         if input.dtype in _HALF:
             return _forward(input, target, weight, grad_output, *options, False)[1]
+        axis = _class_axis(input)
         if grad_output.dim():
-            if target.shape != input.shape:  # 0 times an infinite gradient would be NaN
-                grad_output = grad_output.masked_fill(target.long() == options[0], 0)
-            grad_output = grad_output.unsqueeze(_class_axis(input))
+            grad_output = grad_output.unsqueeze(axis)
+        if target.shape != input.shape:  # an ignored sample's 0 times an infinite or NaN gradient from above is 0
+            grad_output = torch.where((target.long() == options[0]).unsqueeze(axis), 0, grad_output)
         return gradient * grad_output
 
     @staticmethod
@@ -453,7 +462,8 @@ def _composite(
         z = z.masked_fill(~kept.unsqueeze(axis), 0)
         w_t = F.embedding(t, w.unsqueeze(1)).squeeze(-1).masked_fill(~kept, 0)  # w[t], also under vmap
         f = _loss_of_log_odds(_log_odds(z, t, axis), strength)
-        losses = _weighted(((1 - e) * w_t).masked_fill(~exists, torch.nan), f)  # a factor, so the gradient is NaN, too
+        # The sample of a class that does not exist gets NaN as a factor, for its gradient to be NaN, too.
+        losses = _weighted(((1 - e) * w_t).masked_fill(kept & ~exists, torch.nan), f)
         if e:
             losses = losses + _loss_of_every_class(z, axis, strength, e / classes * every_w).sum(axis)
         losses = losses.masked_fill(~kept, 0)

@@ -211,3 +211,17 @@ def test_what_torch_does_not_have_is_refused_with_the_value():
         lace_loss(input, classes, normalizer=torch.ones(4))
     with pytest.raises(ValueError, match="statistics are of class indices"):
         lace_loss(input, input.softmax(1), statistics=True)
+    with pytest.raises(ValueError, match=r"normalizer must be a number or 0-d, got shape \(2,\)"):
+        lace_loss(input, classes, normalizer=np.array([3.0, 4.0]))
+    with pytest.raises(
+        RuntimeError, match=r"these do not go together: input torch.float32 \(4, 3\), target torch.int64"
+    ):
+        lace_loss(input.to("meta"), classes.to("meta"), torch.ones(3, dtype=torch.double, device="meta"))
+
+
+def test_ignore_index_is_what_torch_takes_for_an_integer():
+    input, classes = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
+    for ignore_index in (0, np.int64(0), torch.tensor(0), torch.tensor(0.0), True, 0.0, "0"):
+        theirs = outcome(torch.nn.functional.cross_entropy, input, classes, ignore_index=ignore_index)
+        ours = outcome(lace_loss, input, classes, ignore_index=ignore_index)
+        assert ours == theirs if isinstance(theirs, type) else ours.isnan() == theirs.isnan()

@@ -134,11 +134,32 @@ def test_hooks_run_once_when_a_second_derivative_may_follow():
         assert torch.allclose(gradient, 2 * torch.tensor(ref.backward(INPUT, CLASSES)), rtol=COMPOSITE["float64"])
 
 
-def test_an_ignored_sample_has_gradient_0_even_below_an_infinite_one():
-    input = leaf()
-    lace_loss(input, CLASSES, reduction="none").sqrt().sum().backward()
-    assert (input.grad[CLASSES == -100] == 0).all()
-    assert input.grad.isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.double, torch.float, torch.bfloat16])
+@pytest.mark.parametrize("path", ["kernel", "composite"])
+def test_an_ignored_sample_has_gradient_0_whatever_comes_from_above(dtype, path, monkeypatch):
+    if path == "composite":
+        monkeypatch.setattr(lace_torch, "_kernel_applies", lambda *_: False)
+    for above in (torch.inf, torch.nan, 1.0):
+        for reduction in ("none", "mean", "sum"):
+            input = leaf(dtype)
+            (lace_loss(input, CLASSES, reduction=reduction) * above).sum().backward()
+            assert (input.grad[CLASSES == -100] == 0).all()
+    input = leaf(dtype)
+    lace_loss(input, torch.full((4,), -100), normalizer=0).backward()
+    assert (input.grad == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_anomaly_mode_finds_no_nan_on_either_path(smoothing):
+    weight = torch.rand(5, dtype=torch.double)
+    with torch.autograd.detect_anomaly():
+        for w in (weight, weight.clone().requires_grad_()):
+            input = leaf()
+            loss = lace_loss(input, CLASSES, w, label_smoothing=smoothing)
+            (gradient,) = torch.autograd.grad(loss, input, create_graph=True)
+            gradient.square().sum().backward()
+            assert input.grad.isfinite().all()
 
 
 def test_half_weights_add_up_in_float32():
@@ -176,18 +197,20 @@ def test_statistics_are_what_log_softmax_and_a_stable_sort_give(shape, smoothing
         assert not any(value.requires_grad for value in found.values())
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("path", ["kernel", "composite"])
-def test_nan_is_never_a_right_answer_in_the_statistics(path, monkeypatch):
+def test_nan_is_never_a_right_answer_in_the_statistics(path, smoothing, monkeypatch):
     if path == "composite":
         monkeypatch.setattr(lace_torch, "_kernel_applies", lambda *_: False)
     nan, inf = torch.nan, torch.inf
-    input = torch.tensor([[nan, 1.0, 2.0], [9.0, nan, 2.0], [inf, 0.0, 0.0], [-inf, 0.0, 1.0]])
-    _, found = lace_loss(input, torch.zeros(4, dtype=torch.long), statistics=True)
-    assert found["rank"].tolist() == [2, 1, 0, 2]
-    assert found["cross_entropy"].isnan().tolist() == [True, True, True, False]
-    assert found["probability"].isnan().tolist() == [True, True, True, False]
-    assert found["cross_entropy"][3] == inf
-    assert found["probability"][3] == 0
+    input = torch.tensor([[nan, 1.0, 2.0], [9.0, nan, 2.0], [inf, 0.0, 0.0], [0.0, inf, 0.0], [-inf, 0.0, 1.0]])
+    target = torch.zeros(5, dtype=torch.long)
+    _, found = lace_loss(input, target, statistics=True, label_smoothing=smoothing)
+    assert found["rank"].tolist() == [2, 1, 0, 1, 2]
+    assert found["cross_entropy"].isnan().tolist() == [True, True, True, True, False]
+    assert found["probability"].isnan().tolist() == [True, True, True, True, False]
+    assert found["cross_entropy"][4] == inf
+    assert found["probability"][4] == 0
 
 
 @each_target
