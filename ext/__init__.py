@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from operator import index
 from typing import Any, TypedDict, Unpack
 
@@ -16,6 +15,8 @@ from . import _cpu
 __all__ = ["Options", "backward", "forward", "forward_backward"]
 
 Array = NDArray[Any]
+
+_DTYPES = (np.dtype(np.float32), _FLOAT64 := np.dtype(np.float64))
 
 # Starting two threads takes about as long as the kernel needs for so many logits.
 _LOGITS_WORTH_A_THREAD = 1 << 17
@@ -44,7 +45,7 @@ def forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Options]) ->
     ------
     TypeError for a dtype, ValueError for a shape or an option, IndexError for a class that does not exist.
     """
-    return _run(np.asarray(logits), target, None, None, None, **options)
+    return _run(np.asarray(logits), target, None, 1.0, None, **options)
 
 
 def backward(logits: ArrayLike, target: ArrayLike, grad_output: ArrayLike = 1.0, **options: Unpack[Options]) -> Array:
@@ -89,9 +90,8 @@ def _run(
     logits: Array,
     target: ArrayLike,
     gradient: Array | None,
-    grad_output: ArrayLike | None,
+    grad_output: ArrayLike,
     threads: int | None,
-    statistics: tuple[Array, ...] | None = None,
     *,
     weight: ArrayLike | None = None,
     ignore_index: int = -100,
@@ -100,7 +100,7 @@ def _run(
     strength: float = 1.0,
 ) -> Any:
     dtype, y, ignore_index = logits.dtype, np.asarray(target), index(ignore_index)
-    if dtype not in (np.float32, np.float64):
+    if dtype not in _DTYPES:
         raise TypeError(f"logits must be float32 or float64, got {dtype}")
     if logits.ndim == 0 or logits.shape[_class_axis(logits)] == 0:
         raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {logits.shape}")
@@ -110,7 +110,7 @@ def _run(
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
     z = _classes_last(logits)
-    shape, classes = logits.shape[:1] * (logits.ndim > 1) + logits.shape[2:], z.shape[1]
+    shape, (n, classes) = logits.shape[:1] * (logits.ndim > 1) + logits.shape[2:], z.shape
     w = None if weight is None else _numbers("weight", weight, dtype)
     if w is not None and w.shape != (classes,):
         raise ValueError(f"weight must have one value for each of the {classes} classes, got shape {w.shape}")
@@ -127,65 +127,62 @@ def _run(
             raise ValueError(f"an integer target must have shape {shape} for logits of {logits.shape}, got {y.shape}")
         # A uint64 beyond int64 is no class; wrapped it might be ignore_index.
         indices = np.minimum(y, np.uint64(2**63 - 1)) if y.dtype == np.uint64 else y
-        indices = np.ascontiguousarray(indices, np.int64).reshape(-1)
+        indices = np.ascontiguousarray(indices, np.int64)
     else:
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
 
-    with np.errstate(all="ignore"):  # nothing divided by 0 is NaN, by definition
-        divisor = _mean_divisor(indices, w, ignore_index, len(z)) if reduction == "mean" else np.float64(1)
-        rows = scale = None
-        if gradient is not None:
-            rows = _classes_last(gradient)
-            g = _numbers("grad_output", grad_output, np.dtype(np.float64))
-            if g.shape not in {(), shape if reduction == "none" else ()}:
-                rule = f"be a number or have the loss's shape {shape}" if reduction == "none" else "be a number"
-                raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
-            scale = np.ascontiguousarray(np.broadcast_to(g / divisor, shape), dtype).reshape(-1)
-        losses = np.empty(len(z), dtype)
-        arrays = (losses, z, rows, indices, probability, scale)
-        wrong = _in_threads(arrays, (w, ignore_index, label_smoothing, strength), statistics, threads)
-        if wrong >= 0:
-            place = [int(i) for i in np.unravel_index(wrong, shape)]
-            raise IndexError(f"target{place or ''} is {y[tuple(place)]}, not a class: 0 to {classes - 1}")
-        if gradient is not None and rows is not None and not np.may_share_memory(rows, gradient):
-            np.moveaxis(gradient, _class_axis(gradient), -1)[...] = rows.reshape(*shape, classes)
-        if reduction == "none":
-            return losses.reshape(shape)[()]
-        return dtype.type(losses.sum(dtype=np.float64) / divisor)
+    rows = each = None
+    above = 1.0
+    if gradient is not None:
+        rows = _classes_last(gradient)
+        g = _numbers("grad_output", grad_output, dtype if reduction == "none" else _FLOAT64)
+        if g.ndim == 0:
+            above = float(g)
+        elif g.shape == shape and reduction == "none":
+            each = g
+        else:
+            rule = f"be a number or have the loss's shape {shape}" if reduction == "none" else "be a number"
+            raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
+    losses = np.empty(shape if reduction == "none" else n, dtype)
+    options = (n, classes, dtype.itemsize, ignore_index, label_smoothing, strength)
+    job = _cpu.Job(losses, rows, z, indices, probability, w, None, *options)
+    divisor = job.count() if reduction == "mean" else 1.0
+    job.scale_by(above, divisor, each)
+    wrong = _in_threads(job, n, classes, threads)
+    if wrong >= 0:
+        place = [int(i) for i in np.unravel_index(wrong, shape)]
+        raise IndexError(f"target{place or ''} is {y[tuple(place)]}, not a class: 0 to {classes - 1}")
+    if gradient is not None and rows is not None and not np.may_share_memory(rows, gradient):
+        np.moveaxis(gradient, _class_axis(gradient), -1)[...] = rows.reshape(*shape, classes)
+    return losses[()] if reduction == "none" else dtype.type(job.total(divisor))
 
 
-def _mean_divisor(indices: Array | None, weight: Array | None, ignore_index: int, n: int) -> np.float64:
-    """What `mean` divides the sum of n losses by; `indices` is None for probabilities."""
-    if indices is None:
-        return np.float64(n)
-    kept = indices[indices != ignore_index]
-    return np.float64(len(kept)) if weight is None else weight.take(kept, mode="clip").sum(dtype=np.float64)
+def _in_threads(job: _cpu.Job, n: int, k: int, threads: int | None) -> int:
+    """Run the job; the first row whose class does not exist, or -1."""
+    parts = min(threads or os.cpu_count() or 1, n * k // _LOGITS_WORTH_A_THREAD)
+    if parts < 2:
+        return job.run(0, n)
+    global _pool
+    _pool = _pool or ThreadPoolExecutor()
+    edges = [n * i // parts for i in range(parts + 1)]
+    others = _pool.map(job.run, edges[1:-1], edges[2:])
+    return min((row for row in (job.run(0, edges[1]), *others) if row >= 0), default=-1)
 
 
-def _in_threads(arrays: Any, options: Any, statistics: tuple[Array, ...] | None, threads: int | None) -> int:
-    """The kernel on slices of all arrays (loss, logits, ...); the first row whose class does not exist, or -1."""
-    z = arrays[1]
-
-    def part(some: slice) -> int:
-        arguments: list[Any] = [None if array is None else array[some] for array in arrays]
-        arguments += [*options, None if statistics is None else tuple(array[some] for array in statistics)]
-        wrong = _cpu.rows(*arguments)
-        return wrong if wrong < 0 else wrong + int(some.start)
-
-    count = min(threads or os.cpu_count() or 1, max(1, z.size // _LOGITS_WORTH_A_THREAD))
-    if count == 1:
-        return part(slice(0, len(z)))
-    edges = np.linspace(0, len(z), count + 1).astype(int)
-    with ThreadPoolExecutor(count) as pool:
-        rows = pool.map(part, (slice(a, b) for a, b in pairwise(edges)))
-        return min((row for row in rows if row >= 0), default=-1)
+def _forget_threads() -> None:
+    global _pool
+    _pool = None
 
 
-def _numbers(name: str, values: ArrayLike | None, dtype: np.dtype[Any]) -> Array:
+_pool: ThreadPoolExecutor | None = None
+os.register_at_fork(after_in_child=_forget_threads)  # a child has none of its parent's threads
+
+
+def _numbers(name: str, values: ArrayLike, dtype: np.dtype[Any]) -> Array:
     array = np.asarray(values)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
-    return np.ascontiguousarray(array, dtype).reshape(array.shape)
+    return np.asarray(array, dtype, order="C")
 
 
 def _class_axis(x: Array) -> int:
@@ -194,4 +191,6 @@ def _class_axis(x: Array) -> int:
 
 def _classes_last(x: Array) -> Array:
     """(C,), (N, C) or (N, C, d1, ...) as contiguous (M, C), without a copy where possible."""
-    return np.ascontiguousarray(np.moveaxis(x, _class_axis(x), -1)).reshape(-1, x.shape[_class_axis(x)])
+    if x.ndim > 2:
+        x = np.moveaxis(x, 1, -1)
+    return np.asarray(x, order="C").reshape(-1, x.shape[-1])

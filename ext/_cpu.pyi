@@ -1,17 +1,31 @@
+from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
-def rows(
-    loss: NDArray[Any],
-    logits: NDArray[Any],
-    gradient: NDArray[Any] | None,
-    target: NDArray[Any] | None,
-    probability: NDArray[Any] | None,
-    scale: NDArray[Any] | None,
-    weight: NDArray[Any] | None,
-    ignore_index: int,
-    label_smoothing: float,
-    strength: float,
-    statistics: tuple[NDArray[Any], ...] | None,
-) -> int: ...
+Address = int | NDArray[Any]
+
+def builds() -> list[str]: ...
+def use(name: str) -> None: ...
+
+class Job:
+    def __init__(
+        self,
+        loss: Address,
+        gradient: Address | None,
+        logits: Address,
+        target: Address | None,
+        probability: Address | None,
+        weight: Address | None,
+        statistics: Sequence[Address] | None,
+        n: int,
+        k: int,
+        size: int,
+        ignore_index: int,
+        label_smoothing: float,
+        strength: float,
+    ) -> None: ...
+    def count(self) -> float: ...
+    def scale_by(self, above: float, divisor: float, each: Address | None) -> None: ...
+    def run(self, start: int, stop: int) -> int: ...
+    def total(self, divisor: float) -> float: ...

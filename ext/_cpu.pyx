@@ -1,9 +1,14 @@
-# cython: language_level=3, freethreading_compatible=True
-"""The door to lace.h: addresses in, one C call without the GIL. `lace_loss.ext` checks, this module trusts."""
+# cython: language_level=3, freethreading_compatible=True, cdivision=True
+"""The door to lace.h: addresses in, C calls without the GIL. `lace_loss.ext` checks, this module trusts.
+
+An address is an integer, or an object with a buffer: C-contiguous, of the right type, and large enough.
+"""
 
 from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t
+
+import os
 
 
 cdef extern from "lace.h" nogil:
@@ -29,64 +34,156 @@ cdef extern from "lace.h" nogil:
         double *probability
         int64_t *rank
 
-    int64_t lace_rows_f32(float *loss, float *gradient, const float *logits, const int64_t *target,
-                          const float *probability, const float *scale, size_t n, size_t k,
-                          const lace_options_f32 *options, const lace_statistics_f32 *statistics)
-    int64_t lace_rows_f64(double *loss, double *gradient, const double *logits, const int64_t *target,
-                          const double *probability, const double *scale, size_t n, size_t k,
-                          const lace_options_f64 *options, const lace_statistics_f64 *statistics)
+    void lace_sum_f32(float *sum, const float *values, size_t n)
+    void lace_sum_f64(double *sum, const double *values, size_t n)
+
+
+cdef extern from "lace_builds.h" nogil:
+    ctypedef struct lace_build:
+        const char *name
+        int64_t (*rows_f32)(float *loss, float *gradient, const float *logits, const int64_t *target,
+                            const float *probability, const float *scale, size_t step, size_t n, size_t k,
+                            const lace_options_f32 *options, const lace_statistics_f32 *statistics) noexcept nogil
+        int64_t (*rows_f64)(double *loss, double *gradient, const double *logits, const int64_t *target,
+                            const double *probability, const double *scale, size_t step, size_t n, size_t k,
+                            const lace_options_f64 *options, const lace_statistics_f64 *statistics) noexcept nogil
+
+    const lace_build *lace_builds(size_t *count)
+
+
+ctypedef char *Bytes
+ctypedef int64_t *Integers
+
+cdef lace_build build
+
+
+def builds():
+    """The builds of the kernel that this processor runs, the widest vectors last."""
+    cdef size_t count, i
+    cdef const lace_build *found = lace_builds(&count)
+    return [found[i].name.decode() for i in range(count)]
+
+
+def use(str name):
+    """Call this build from now on."""
+    global build
+    cdef size_t count
+    names = builds()
+    if name not in names:
+        raise ImportError(f"LACE_BUILD must be one that this processor runs, {' or '.join(names)}, got {name!r}")
+    build = lace_builds(&count)[<size_t> names.index(name)]
+
+
+use(os.environ.get("LACE_BUILD") or builds()[-1])
 
 
 cdef void *address(object array, int flags) except? NULL:
-    """Of the data of a C-contiguous buffer, or NULL for None. The caller's reference keeps it alive."""
+    """NULL for None. The caller's reference keeps the memory alive."""
     cdef Py_buffer view
     if array is None:
         return NULL
+    if isinstance(array, int):
+        return <void *> <size_t> array
     PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS | flags)
     PyBuffer_Release(&view)
     return view.buf
 
 
-def rows(loss, logits, gradient, target, probability, scale, weight, int64_t ignore_index, double label_smoothing,
-         double strength, statistics):
-    """lace_rows_f32 or _f64, by the item size of `logits` (N, C); all arrays of one dtype, `target` int64.
+cdef class Job:
+    """n rows of k logits, and what is to be known of them: the arguments of lace_rows_f32 or _f64."""
 
-    `statistics` is None or (cross entropy, probability, rank), the last int64.
-    """
-    cdef void *out_loss = address(loss, PyBUF_WRITABLE)
-    cdef void *out_gradient = address(gradient, PyBUF_WRITABLE)
-    cdef void *z = address(logits, 0)
-    cdef int64_t *t = <int64_t *> address(target, 0)
-    cdef void *y = address(probability, 0)
-    cdef void *g = address(scale, 0)
-    cdef size_t n = logits.shape[0], k = logits.shape[1]
-    cdef bint single = logits.itemsize == 4
-    cdef lace_options_f32 f32
-    cdef lace_options_f64 f64
-    cdef lace_statistics_f32 s32
-    cdef lace_statistics_f64 s64
-    cdef bint described = statistics is not None
-    cdef int64_t wrong
-    f32.weight = <float *> address(weight, 0)
-    f32.label_smoothing = label_smoothing
-    f32.strength = strength
-    f32.ignore_index = ignore_index
-    f64.weight = <double *> f32.weight
-    f64.label_smoothing = label_smoothing
-    f64.strength = strength
-    f64.ignore_index = ignore_index
-    if described:
-        s32.cross_entropy = <float *> address(statistics[0], PyBUF_WRITABLE)
-        s32.probability = <float *> address(statistics[1], PyBUF_WRITABLE)
-        s32.rank = <int64_t *> address(statistics[2], PyBUF_WRITABLE)
-        s64.cross_entropy = <double *> s32.cross_entropy
-        s64.probability = <double *> s32.probability
-        s64.rank = s32.rank
-    with nogil:
-        if single:
-            wrong = lace_rows_f32(<float *> out_loss, <float *> out_gradient, <float *> z, t, <float *> y, <float *> g,
-                                  n, k, &f32, &s32 if described else NULL)
+    cdef Bytes loss, gradient, logits, probability, scale, weight, cross_entropy, q
+    cdef Integers target, rank
+    cdef size_t step, n, k, size
+    cdef int64_t ignore_index
+    cdef double label_smoothing, strength, unit
+    cdef float unit_f32
+
+    def __init__(self, loss, gradient, logits, target, probability, weight, statistics, size_t n, size_t k, size_t size,
+                 int64_t ignore_index, double label_smoothing, double strength):
+        self.loss = <Bytes> address(loss, PyBUF_WRITABLE)
+        self.gradient = <Bytes> address(gradient, PyBUF_WRITABLE)
+        self.logits = <Bytes> address(logits, 0)
+        self.target = <Integers> address(target, 0)
+        self.probability = <Bytes> address(probability, 0)
+        self.weight = <Bytes> address(weight, 0)
+        if statistics is not None:
+            self.cross_entropy = <Bytes> address(statistics[0], PyBUF_WRITABLE)
+            self.q = <Bytes> address(statistics[1], PyBUF_WRITABLE)
+            self.rank = <Integers> address(statistics[2], PyBUF_WRITABLE)
+        self.n, self.k, self.size = n, k, size
+        self.ignore_index, self.label_smoothing, self.strength = ignore_index, label_smoothing, strength
+
+    def count(self):
+        """What a mean divides by: the rows that count, each by its class's weight, or all if there are probabilities."""
+        cdef double sum = 0
+        cdef size_t i
+        cdef int64_t t
+        if self.probability is not NULL:
+            return <double> self.n
+        with nogil:
+            for i in range(self.n):
+                t = self.target[i]
+                if t == self.ignore_index or t < 0 or <size_t> t >= self.k:
+                    continue
+                if self.weight is NULL:
+                    sum += 1
+                else:
+                    sum += (<float *> self.weight)[t] if self.size == 4 else (<double *> self.weight)[t]
+        return sum
+
+    def scale_by(self, double above, double divisor, each):
+        """Multiply the gradient by above / divisor or, if that is not None, each row's by its factor in `each`."""
+        self.scale = <Bytes> address(each, 0)
+        self.step = self.scale is not NULL
+        if each is None:
+            self.unit = above / divisor
+            self.unit_f32 = <float> self.unit
+            self.scale = <Bytes> &self.unit_f32 if self.size == 4 else <Bytes> &self.unit
+
+    def run(self, size_t start, size_t stop):
+        """Rows start to stop; the first whose target is no class, or -1."""
+        cdef size_t skip = start * self.size, skip_logits = skip * self.k, n = stop - start
+        cdef Bytes gradient = NULL if self.gradient is NULL else self.gradient + skip_logits
+        cdef Bytes logits = self.logits + skip_logits, loss = self.loss + skip
+        cdef Bytes probability = NULL if self.probability is NULL else self.probability + skip_logits
+        cdef Bytes scale = NULL if self.scale is NULL else self.scale + skip * self.step
+        cdef Integers target = NULL if self.target is NULL else self.target + start
+        cdef lace_options_f32 f32
+        cdef lace_options_f64 f64
+        cdef lace_statistics_f32 s32
+        cdef lace_statistics_f64 s64
+        cdef int64_t wrong
+        if self.size == 4:
+            f32.weight = <float *> self.weight
+            f32.label_smoothing, f32.strength = self.label_smoothing, self.strength
+            f32.ignore_index = self.ignore_index
+            s32.cross_entropy, s32.probability = <float *> (self.cross_entropy + skip), <float *> (self.q + skip)
+            s32.rank = self.rank + start
+            with nogil:
+                wrong = build.rows_f32(<float *> loss, <float *> gradient, <float *> logits, target,
+                                       <float *> probability, <float *> scale, self.step, n, self.k, &f32,
+                                       NULL if self.rank is NULL else &s32)
         else:
-            wrong = lace_rows_f64(<double *> out_loss, <double *> out_gradient, <double *> z, t, <double *> y,
-                                  <double *> g, n, k, &f64, &s64 if described else NULL)
-    return wrong
+            f64.weight = <double *> self.weight
+            f64.label_smoothing, f64.strength = self.label_smoothing, self.strength
+            f64.ignore_index = self.ignore_index
+            s64.cross_entropy, s64.probability = <double *> (self.cross_entropy + skip), <double *> (self.q + skip)
+            s64.rank = self.rank + start
+            with nogil:
+                wrong = build.rows_f64(<double *> loss, <double *> gradient, <double *> logits, target,
+                                       <double *> probability, <double *> scale, self.step, n, self.k, &f64,
+                                       NULL if self.rank is NULL else &s64)
+        return wrong if wrong < 0 else wrong + <int64_t> start
+
+    def total(self, double divisor):
+        """The sum of the losses, divided."""
+        cdef float f32[2]
+        cdef double f64[2]
+        with nogil:
+            if self.size == 4:
+                lace_sum_f32(f32, <float *> self.loss, self.n)
+                f64[0], f64[1] = f32[0], f32[1]
+            else:
+                lace_sum_f64(f64, <double *> self.loss, self.n)
+        return (f64[0] + f64[1]) / divisor

@@ -8,7 +8,7 @@
  *
  *     float logits[2][3] = {{1, 4, 2}, {0, 5, 0}}, loss[2], gradient[2][3];
  *     int64_t target[2] = {1, 0};
- *     lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 2, 3, NULL, NULL);
+ *     lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 0, 2, 3, NULL, NULL);
  *
  * Compile with contraction off (-ffp-contract=off) for the same bits everywhere, and never with -ffast-math.
  */
@@ -56,16 +56,21 @@ typedef struct {
  *     logits       n*k values, row by row; may not overlap an output
  *     target       n class indices in [0, k) or ignore_index; not read if there are probabilities
  *     probability  n*k target probabilities, or NULL
- *     scale        n factors for the rows of the gradient (not of the loss), or NULL for 1
+ *     scale        factors for the rows of the gradient (not of the loss), `step` values apart: 0 for one that serves all
+ *                  rows; or NULL for 1
  *     options      NULL for no weights, no smoothing, strength 1, ignore_index -100
  *     statistics   written, or NULL; there are none for probabilities
  * Returns -1, or the first row whose target is not allowed; then nothing has been written. */
 int64_t lace_rows_f32(float *loss, float *gradient, const float *logits, const int64_t *target,
-                      const float *probability, const float *scale, size_t n, size_t k,
+                      const float *probability, const float *scale, size_t step, size_t n, size_t k,
                       const lace_options_f32 *options, const lace_statistics_f32 *statistics);
 int64_t lace_rows_f64(double *loss, double *gradient, const double *logits, const int64_t *target,
-                      const double *probability, const double *scale, size_t n, size_t k,
+                      const double *probability, const double *scale, size_t step, size_t n, size_t k,
                       const lace_options_f64 *options, const lace_statistics_f64 *statistics);
+
+/* The sum of n values, as the exact sum of sum[0] and the much smaller sum[1]. */
+void lace_sum_f32(float sum[2], const float *values, size_t n);
+void lace_sum_f64(double sum[2], const double *values, size_t n);
 
 #ifdef __cplusplus
 }

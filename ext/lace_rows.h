@@ -163,7 +163,7 @@ typedef struct { REAL high[CHUNK], low[CHUNK]; } Lanes; /* term j goes to lane j
 static inline size_t half_of(size_t k)
 {
     size_t half = CHUNK / 2;
-    while (half >= k) half /= 2;
+    while (half >= k && half > 0) half /= 2;
     return half;
 }
 
@@ -186,7 +186,9 @@ static inline Pair total(Lanes *sum, size_t k)
             sum->high[l] = s.high;
             sum->low[l] += sum->low[l + half] + s.low;
         }
-    return two_sum(sum->high[0], finite(sum->high[0]) ? sum->low[0] : 0); /* beside an infinity a low part is NaN */
+    Pair all = two_sum(sum->high[0], sum->low[0]);
+    if (!finite(sum->high[0])) all.high = sum->high[0], all.low = 0; /* beside an infinity a low part is NaN */
+    return all;
 }
 
 static REAL maximum(const REAL *z, size_t k)
@@ -288,7 +290,7 @@ typedef struct {
     const REAL *logits;
     const int64_t *target;
     const REAL *probability, *scale;
-    size_t k;
+    size_t step, k;
     const OPTIONS *options;
 } Job;
 
@@ -303,7 +305,7 @@ static void hard_rows(Rows *rows, const Job *job, const size_t *index, size_t co
         const REAL *z = job->logits + i * k;
         sum_exponentials(rows, r, job->gradient ? job->gradient + i * k : NULL, z, k, maximum(z, k), t);
         w[r] = weight ? weight[t] : 1;
-        g[r] = job->scale ? w[r] * job->scale[i] : w[r];
+        g[r] = job->scale ? w[r] * job->scale[i * job->step] : w[r];
     }
     finish_sums(rows, count);
     const Pair s = {job->options->strength, 0}, rest = two_sum(1, -job->options->strength);
@@ -373,7 +375,7 @@ static void soft_rows(Rows *rows, const Job *job, const size_t *index, size_t co
     finish_sums(rows, count);
     for (size_t r = 0; r < count; r++) {
         const size_t i = index[r];
-        const REAL *z = job->logits + i * k, scale = job->scale ? job->scale[i] : 1;
+        const REAL *z = job->logits + i * k, scale = job->scale ? job->scale[i * job->step] : 1;
         REAL *row = job->gradient ? job->gradient + i * k : NULL;
         Target y = {job->probability ? job->probability + i * k : NULL, job->options->weight, 0, k, top[r],
                     1 - e, e / (REAL)k, job->options->strength};
@@ -398,7 +400,7 @@ static void soft_rows(Rows *rows, const Job *job, const size_t *index, size_t co
 }
 
 int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const int64_t *target, const REAL *probability,
-                        const REAL *scale, size_t n, size_t k, const OPTIONS *options,
+                        const REAL *scale, size_t step, size_t n, size_t k, const OPTIONS *options,
                         const STATISTICS *statistics)
 {
     const OPTIONS defaults = {NULL, 0, 1, -100};
@@ -406,7 +408,7 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
     if (!probability)
         for (size_t i = 0; i < n; i++)
             if (target[i] != options->ignore_index && (target[i] < 0 || (uint64_t)target[i] >= k)) return (int64_t)i;
-    const Job job = {loss, gradient, logits, target, probability, scale, k, options};
+    const Job job = {loss, gradient, logits, target, probability, scale, step, k, options};
     const size_t fitting = NEAR / k, limit = fitting < 1 ? 1 : fitting < BATCH ? fitting : BATCH;
     size_t index[BATCH], count = 0;
     Rows rows;
@@ -432,6 +434,15 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
         }
     }
     return -1;
+}
+
+void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
+{
+    Lanes lanes = {{0}, {0}};
+    for (size_t j = 0; j < n; j += CHUNK) accumulate(&lanes, values + j, n - j < CHUNK ? n - j : CHUNK);
+    Pair all = total(&lanes, n);
+    sum[0] = all.high;
+    sum[1] = all.low;
 }
 
 /* for the next type */

@@ -14,6 +14,7 @@ place where the result is the same (see `_kernel_applies`).
 from __future__ import annotations
 
 from functools import reduce as fold
+from math import isfinite
 from operator import index
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.loss import _WeightedLoss
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _LOGITS_WORTH_A_THREAD, _mean_divisor, _run
+from . import _LOGITS_WORTH_A_THREAD, _cpu, _in_threads
 
 __all__ = ["LACELoss", "check_target", "lace_loss"]
 
@@ -64,7 +65,7 @@ def lace_loss(
 
     Raises
     ------
-    What `cross_entropy` raises for the same arguments; IndexError for a class that does not exist, where Python may read
+    What `cross_entropy` raises for the same arguments; IndexError for a class that does not exist where Python may read
     it (else its sample's loss and gradient are NaN: on a GPU, under `torch.func`, in exported and traced graphs, and
     where a composite form is compiled; see `check_target`); ValueError for a strength outside [0, 1], a normalizer
     without a mean or of a shape, and statistics of probabilities.
@@ -113,7 +114,7 @@ def lace_loss(
         if input.requires_grad and torch.is_grad_enabled():
             loss, *found = _Kernel.apply(input, target, weight, options, statistics)
         else:
-            loss, _, *found = _forward(input, target, weight, None, *options, statistics)
+            loss, *found = _forward(input, target, weight, None, False, *options, statistics)
     else:
         if not probabilities and _is_plain(input, target) and not _is_recorded():
             check_target(target, input.shape[_class_axis(input)], ignore_index)
@@ -126,8 +127,8 @@ def lace_loss(
 
 
 class LACELoss(_WeightedLoss):
-    """`lace_loss` as a module: constructed as `torch.nn.CrossEntropyLoss`, with `strength`; called with input and target,
-    and on request `normalizer` and `statistics`.
+    """`lace_loss` as a module: constructed as `torch.nn.CrossEntropyLoss`, with `strength`; called with input, target
+    and, on request, `normalizer` and `statistics`.
     """
 
     def __init__(
@@ -235,8 +236,13 @@ def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
         and not torch.compiler.is_exporting()
         and all(x.dtype == work or (x.dtype in _HALF and work == torch.float32) for x in given if x.is_floating_point())
         and not any(x.requires_grad for x in given[1:])
-        and all(forward_ad.unpack_dual(x).tangent is None for x in given)  # type: ignore[no-untyped-call]
+        and not any(_has_tangent(x) for x in given)
     )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    # Asking for the level first saves 2 us a tensor.
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _is_plain(*tensors: Tensor) -> bool:
@@ -257,7 +263,7 @@ def _is_transformed(grad_output: Tensor) -> bool:
     """Whether the backward pass runs under torch.func, in forward mode, or in the vmap of `is_grads_batched=True`."""
     return (
         torch._C._are_functorch_transforms_active()
-        or forward_ad.unpack_dual(grad_output).tangent is not None  # type: ignore[no-untyped-call]
+        or _has_tangent(grad_output)
         or (not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_output))
     )
 
@@ -272,44 +278,47 @@ class _Kernel(torch.autograd.Function):
         ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: Any, statistics: bool
     ) -> tuple[Tensor, ...]:
         ctx.options = options
-        unit = None if input.dtype in _HALF else input.new_ones(())
-        loss, gradient, *found = _forward(input, target, weight, unit, *options, statistics)
-        ctx.save_for_backward(input, target, weight, gradient)
+        at_once = input.dtype not in _HALF
+        loss, *found = _forward(input, target, weight, None, at_once, *options, statistics)
+        ctx.save_for_backward(input, target, weight, found.pop(0) if at_once else None)
         ctx.mark_non_differentiable(*found)
         return loss, *found
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, gradient = ctx.saved_tensors
+        again = torch.is_grad_enabled()
         if _is_transformed(grad_output):
-            again = torch.is_grad_enabled()
             return _composite_gradient(grad_output, input, target, weight, ctx.options, again)[:1] + 4 * (None,)
-        return _Gradient.apply(grad_output, input, target, weight, gradient, ctx.options), None, None, None, None
+        compute = _Gradient.apply if again else _gradient
+        return compute(grad_output, input, target, weight, gradient, ctx.options), None, None, None, None
+
+
+def _gradient(
+    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, gradient: Tensor | None, options: Any
+) -> Tensor:
+    """`gradient`, which the kernel has formed, times `grad_output`; for a half type the kernel forms it now."""
+    if gradient is None:
+        return _forward(input, target, weight, grad_output, True, *options, False)[1]
+    axis = _class_axis(input)
+    if grad_output.dim():
+        grad_output = grad_output.unsqueeze(axis)
+    elif not _is_recorded() and isfinite(value := grad_output.item()):
+        return gradient if value == 1 else gradient * value
+    if target.shape != input.shape:  # an ignored sample's 0 times an infinite or NaN gradient from above is 0
+        grad_output = torch.where((target.long() == options[0]).unsqueeze(axis), 0, grad_output)
+    return gradient * grad_output
 
 
 class _Gradient(torch.autograd.Function):
-    """The kernel's gradient; its own derivatives are those of the composite form."""
+    """`_gradient`, with the composite form's derivatives."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        grad_output: Tensor,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        gradient: Tensor,
-        options: Any,
-    ) -> Tensor:
-        ctx.options = options
+    def forward(ctx: Any, grad_output: Tensor, *given: Any) -> Tensor:
+        input, target, weight, _, ctx.options = given
         ctx.save_for_backward(grad_output, input, target, weight)
-        if input.dtype in _HALF:
-            return _forward(input, target, weight, grad_output, *options, False)[1]
-        axis = _class_axis(input)
-        if grad_output.dim():
-            grad_output = grad_output.unsqueeze(axis)
-        if target.shape != input.shape:  # an ignored sample's 0 times an infinite or NaN gradient from above is 0
-            grad_output = torch.where((target.long() == options[0]).unsqueeze(axis), 0, grad_output)
-        return gradient * grad_output
+        # Not the saved tensor itself, which would then be input and output.
+        return _gradient(grad_output, *given).clone()
 
     @staticmethod
     def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
@@ -334,9 +343,11 @@ def _composite_gradient(
         return torch.autograd.grad(loss, alias, grad_output, create_graph=create_graph)[0], alias
 
 
-def _forward(input: Tensor, target: Tensor, weight: Tensor | None, grad_output: Tensor | None, *options: Any) -> Any:
+def _forward(
+    input: Tensor, target: Tensor, weight: Tensor | None, grad_output: Tensor | None, gradient: bool, *options: Any
+) -> Any:
     # The dispatcher takes about as long to call a registered operation as cross_entropy takes for 10 logits.
-    return (_registered if _is_recorded() else _by_kernel)(input, target, weight, grad_output, *options)
+    return (_registered if _is_recorded() else _by_kernel)(input, target, weight, grad_output, gradient, *options)
 
 
 def _outputs(
@@ -344,23 +355,23 @@ def _outputs(
     target: Tensor,
     weight: Tensor | None,
     grad_output: Tensor | None,
+    gradient: bool,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
     strength: float,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for the loss, for the gradient if there is a `grad_output`, and for the statistics if they are asked for."""
+) -> list[Tensor]:
+    """Room for the loss, then for the gradient and for the three statistics, where they are asked for."""
     axis, dtype = _class_axis(input), _working_dtype(input, target, weight)
     samples = input.shape[:axis] + input.shape[axis + 1 :]
-    each = samples if statistics else (0,)
-    return (
-        input.new_empty(samples if reduction == "none" else (), dtype=dtype),
-        input.new_empty(0) if grad_output is None else torch.empty_like(input),
-        input.new_empty(each, dtype=dtype),
-        input.new_empty(each, dtype=dtype),
-        input.new_empty(each, dtype=torch.int64),
-    )
+    outputs = [torch.empty(samples if reduction == "none" else (), dtype=dtype, device=input.device)]
+    if gradient:
+        outputs.append(torch.empty_like(input))
+    if statistics:
+        kinds = (dtype, dtype, torch.int64)
+        outputs += [torch.empty(samples, dtype=kind, device=input.device) for kind in kinds]
+    return outputs
 
 
 def _by_kernel(
@@ -368,70 +379,96 @@ def _by_kernel(
     target: Tensor,
     weight: Tensor | None,
     grad_output: Tensor | None,
+    gradient: bool,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
     strength: float,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_outputs`, written by the C kernel."""
-    options = (ignore_index, reduction, label_smoothing, strength, statistics)
-    outputs = loss, gradient, *found = _outputs(input, target, weight, grad_output, *options)
-    target = target.to(loss.dtype) if target.is_floating_point() else target
-    weight = None if weight is None else weight.to(loss.dtype)
-    if input.dtype in _HALF:
-        _in_blocks(outputs, input, target, weight, grad_output, *options)
-        return outputs
-    got = _run(
-        input.numpy(force=True),
-        target.numpy(force=True),
-        None if grad_output is None else gradient.numpy(),
-        None if grad_output is None else grad_output.numpy(force=True),
-        torch.get_num_threads(),
-        tuple(x.view(-1).numpy() for x in found) if statistics else None,
-        weight=None if weight is None else weight.numpy(force=True),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        strength=strength,
+) -> list[Tensor]:
+    """`_outputs`, written by the C kernel; the gradient is multiplied by `grad_output`."""
+    outputs = _outputs(
+        input, target, weight, grad_output, gradient, ignore_index, reduction, label_smoothing, strength, statistics
     )
-    loss.copy_(torch.as_tensor(got))
+    loss, axis, options = outputs[0], _class_axis(input), (ignore_index, label_smoothing, strength)
+    dtype, probabilities, stats = (
+        loss.dtype,
+        target.shape == input.shape,
+        [x.view(-1) for x in outputs[-3:]] if statistics else None,
+    )
+    z = _rows(input)
+    n, k = z.shape
+    y = _rows(target).to(dtype) if probabilities else target.to(torch.int64).contiguous().view(-1)
+    w = None if weight is None else weight.detach().to(dtype).resolve_neg().contiguous()
+    losses = loss.view(-1) if reduction == "none" else loss.new_empty(n)
+    g = None
+    if gradient:
+        as_input = outputs[1].movedim(axis, -1) if axis else outputs[1]
+        g = as_input.reshape(n, k) if z.data_ptr() == input.data_ptr() else torch.empty_like(z)
+    each, above = None, 1.0
+    if grad_output is not None:
+        if grad_output.dim():
+            each = grad_output.detach().to(dtype).resolve_neg().contiguous().view(-1)
+        else:
+            above = grad_output.item()
+
+    whole = _job(losses, g, z, y, probabilities, w, stats, options)
+    divisor = whole.count() if reduction == "mean" else 1.0
+    if z.dtype == dtype:
+        whole.scale_by(above, divisor, None if each is None else each.data_ptr())
+        wrong = _in_threads(whole, n, k, torch.get_num_threads())
+    else:
+        block, wrong = max(1, _LOGITS_WORTH_A_THREAD * torch.get_num_threads() // k), -1
+        for part in (slice(i, i + block) for i in range(0, n, block)):
+            z_part, each_part = z[part].to(dtype), None if each is None else each[part]
+            g_part, stats_part = None if g is None else torch.empty_like(z_part), stats and [x[part] for x in stats]
+            job = _job(losses[part], g_part, z_part, y[part], probabilities, w, stats_part, options)
+            job.scale_by(above, divisor, None if each_part is None else each_part.data_ptr())
+            wrong = max(wrong, _in_threads(job, len(z_part), k, torch.get_num_threads()))
+            if g is not None and g_part is not None:
+                g[part] = g_part
+    if wrong >= 0:
+        check_target(target, k, ignore_index)
+    if g is not None and g.data_ptr() != outputs[1].data_ptr():
+        as_input.copy_(g.view(as_input.shape))
+    if reduction != "none":
+        loss.fill_(whole.total(divisor))
     return outputs
 
 
-def _in_blocks(
-    outputs: tuple[Tensor, ...],
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    grad_output: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    *options: Any,
-) -> None:
-    """Write the `outputs` of half logits from float32 copies of a few samples at a time."""
-    loss, *others = outputs
-    axis = _class_axis(input)
-    samples, indices = input.shape[:axis] + input.shape[axis + 1 :], None
-    if target.shape != input.shape:
-        check_target(target, input.shape[axis], ignore_index)
-        indices = target.reshape(-1).numpy(force=True)
-    losses = loss if reduction == "none" else loss.new_empty(samples)
-    divisor = np.float64(1)
-    if reduction == "mean":
-        w = None if weight is None else weight.numpy(force=True)
-        divisor = _mean_divisor(indices, w, ignore_index, losses.numel())
-    scale = None if grad_output is None else (grad_output.double() / float(divisor)).expand(samples)
-    step = max(1, torch.get_num_threads() * _LOGITS_WORTH_A_THREAD * len(input) // max(1, input.numel()))
-    for part in [slice(i, i + step) for i in range(0, len(input), step)] if axis else [...]:
-        g = None if scale is None else scale[part]
-        blocks = _by_kernel(input[part].float(), target[part], weight, g, ignore_index, "none", *options)
-        for whole, block in zip((losses, *others), blocks, strict=True):
-            if block.numel():
-                whole[part] = block
-    if reduction != "none":
-        with np.errstate(all="ignore"):
-            loss.fill_(float(losses.numpy().sum(dtype=np.float64) / divisor))
+def _job(
+    losses: Tensor,
+    g: Tensor | None,
+    z: Tensor,
+    y: Tensor,
+    probabilities: bool,
+    w: Tensor | None,
+    statistics: list[Tensor] | None,
+    options: tuple[int, float, float],
+) -> _cpu.Job:
+    """Of these tensors, by address: they must outlive it."""
+    return _cpu.Job(
+        losses.data_ptr(),
+        None if g is None else g.data_ptr(),
+        z.data_ptr(),
+        None if probabilities else y.data_ptr(),
+        y.data_ptr() if probabilities else None,
+        None if w is None else w.data_ptr(),
+        None if statistics is None else [x.data_ptr() for x in statistics],
+        z.shape[0],
+        z.shape[1],
+        losses.element_size(),
+        *options,
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(C,), (N, C) or (N, C, d1, ...) as contiguous (M, C), without a copy where possible."""
+    if x.dim() == 2 and x.is_contiguous() and not x.is_neg():
+        return x
+    x = x.detach().resolve_neg()
+    x = x.movedim(1, -1) if x.dim() > 2 else x
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 # One operation to compilers and other modes that record what runs.

@@ -32,7 +32,7 @@ compile_options = pytest.mark.parametrize("dynamic", [False, True], ids=["static
 def kernel_calls(monkeypatch):
     """Grows by one whenever the C kernel runs."""
     calls = []
-    monkeypatch.setattr(lace_torch, "_run", lambda *args, **options: calls.append(1) or ext._run(*args, **options))
+    monkeypatch.setattr(lace_torch, "_in_threads", lambda *args: calls.append(1) or ext._in_threads(*args))
     torch.compiler.reset()
     return calls
 
@@ -201,12 +201,12 @@ def test_the_registered_operation_passes_opcheck(dtype):
         for target in (torch.zeros(samples, dtype=torch.long), z.softmax(min(1, input.dim() - 1))):
             for reduction, shape in (("none", samples), ("mean", ())):
                 for seed in (None, torch.ones(shape, dtype=dtype)):
-                    options = (-100, reduction, 0.1, 1.0, target.dim() < input.dim())
+                    options = (seed is not None, -100, reduction, 0.1, 1.0, target.dim() < input.dim())
                     torch.library.opcheck(lace_torch._registered, (z, target, WEIGHT.to(dtype), seed, *options))
 
 
 def test_the_registered_operation_by_itself_refuses_derivatives():
-    bare, *_ = lace_torch._registered(leaf(), CLASSES, None, None, -100, "mean", 0.0, 1.0, False)
+    bare, *_ = lace_torch._registered(leaf(), CLASSES, None, None, False, -100, "mean", 0.0, 1.0, False)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         bare.backward()
 

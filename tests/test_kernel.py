@@ -74,9 +74,9 @@ int main(void)
     float cross_entropy[2], probability[2];
     int64_t rank[2];
     lace_statistics_f32 statistics = {cross_entropy, probability, rank};
-    if (lace_rows_f32(loss, gradient[0], logits[0], wrong, NULL, NULL, 2, 3, NULL, &statistics) != 1) return 1;
+    if (lace_rows_f32(loss, gradient[0], logits[0], wrong, NULL, NULL, 0, 2, 3, NULL, &statistics) != 1) return 1;
     if (loss[0] != -1) return 2;
-    if (lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 2, 3, NULL, &statistics) != -1) return 3;
+    if (lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 0, 2, 3, NULL, &statistics) != -1) return 3;
     if (!(loss[0] > 0.0265308f && loss[0] < 0.0265309f)) return 4;
     if (!(loss[1] > 4.98005f && loss[1] < 4.98006f)) return 5;
     if (!(cross_entropy[0] > 0.16984f && cross_entropy[0] < 0.16985f)) return 6;
