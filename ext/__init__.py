@@ -72,15 +72,16 @@ def forward_backward(
     """
     z = np.asarray(logits)
     gradient = np.empty(z.shape, z.dtype) if out is None else out
-    if gradient.shape != z.shape or gradient.dtype != z.dtype or not gradient.flags.writeable:
-        kind = "writable" if gradient.flags.writeable else "read-only"
-        raise ValueError(
-            f"out must be a writable {z.dtype} array of shape {z.shape}, "
-            f"got a {kind} {gradient.dtype} array of shape {gradient.shape}"
-        )
-    inputs = (z, target, grad_output, options.get("weight"))
-    if any(np.may_share_memory(gradient, np.asarray(values)) for values in inputs if values is not None):
-        raise ValueError("out shares memory with an input")
+    if out is not None:
+        if out.shape != z.shape or out.dtype != z.dtype or not out.flags.writeable:
+            kind = "writable" if out.flags.writeable else "read-only"
+            raise ValueError(
+                f"out must be a writable {z.dtype} array of shape {z.shape}, "
+                f"got a {kind} {out.dtype} array of shape {out.shape}"
+            )
+        inputs = (z, target, grad_output, options.get("weight"))
+        if any(np.may_share_memory(out, np.asarray(values)) for values in inputs if values is not None):
+            raise ValueError("out shares memory with an input")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     return _run(z, target, gradient, grad_output, threads, **options), gradient
@@ -106,11 +107,14 @@ def _run(
         raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {logits.shape}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    for name, value in (("label_smoothing", label_smoothing), ("strength", strength)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
-    z = _classes_last(logits)
-    shape, (n, classes) = logits.shape[:1] * (logits.ndim > 1) + logits.shape[2:], z.shape
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {strength}")
+    axis = _class_axis(logits)
+    classes = logits.shape[axis]
+    n = logits.size // classes
+    shape = logits.shape[:axis] + logits.shape[axis + 1 :]
     w = None if weight is None else _numbers("weight", weight, dtype)
     if w is not None and w.shape != (classes,):
         raise ValueError(f"weight must have one value for each of the {classes} classes, got shape {w.shape}")
@@ -131,20 +135,27 @@ def _run(
     else:
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
 
+    # Images whose classes do not come last are worked on plane by plane where the kernel can.
+    planes = logits.ndim > 2 and indices is not None and label_smoothing == 0 and not _ends_with_classes(logits)
+    inner = n // max(1, len(logits)) if planes else 0
+    z = np.asarray(logits, order="C") if planes else _classes_last(logits)
     rows = each = None
     above = 1.0
     if gradient is not None:
-        rows = _classes_last(gradient)
-        g = _numbers("grad_output", grad_output, dtype if reduction == "none" else _FLOAT64)
-        if g.ndim == 0:
-            above = float(g)
-        elif g.shape == shape and reduction == "none":
-            each = g
+        rows = np.asarray(gradient, order="C") if planes else _classes_last(gradient)
+        if type(grad_output) is float:
+            above = grad_output
         else:
-            rule = f"be a number or have the loss's shape {shape}" if reduction == "none" else "be a number"
-            raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
+            g = _numbers("grad_output", grad_output, dtype if reduction == "none" else _FLOAT64)
+            if g.ndim == 0:
+                above = float(g)
+            elif g.shape == shape and reduction == "none":
+                each = g
+            else:
+                rule = f"be a number or have the loss's shape {shape}" if reduction == "none" else "be a number"
+                raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
     losses = np.empty(shape if reduction == "none" else n, dtype)
-    options = (n, classes, dtype.itemsize, ignore_index, label_smoothing, strength)
+    options = (n, classes, inner, dtype.itemsize, ignore_index, label_smoothing, strength)
     job = _cpu.Job(losses, rows, z, indices, probability, w, None, *options)
     divisor = job.count() if reduction == "mean" else 1.0
     job.scale_by(above, divisor, each)
@@ -152,9 +163,16 @@ def _run(
     if wrong >= 0:
         place = [int(i) for i in np.unravel_index(wrong, shape)]
         raise IndexError(f"target{place or ''} is {y[tuple(place)]}, not a class: 0 to {classes - 1}")
-    if gradient is not None and rows is not None and not np.may_share_memory(rows, gradient):
-        np.moveaxis(gradient, _class_axis(gradient), -1)[...] = rows.reshape(*shape, classes)
-    return losses[()] if reduction == "none" else dtype.type(job.total(divisor))
+    if gradient is not None and rows is not None and rows is not gradient and not np.may_share_memory(rows, gradient):
+        if planes:
+            gradient[...] = rows
+        else:
+            np.moveaxis(gradient, axis, -1)[...] = rows.reshape(*shape, classes)
+    if reduction == "none":
+        return losses[()]
+    loss = np.empty((), dtype)
+    job.mean(loss, divisor)
+    return loss[()]
 
 
 def _in_threads(job: _cpu.Job, n: int, k: int, threads: int | None) -> int:
@@ -189,8 +207,14 @@ def _class_axis(x: Array) -> int:
     return min(1, x.ndim - 1)
 
 
+def _ends_with_classes(x: Array) -> bool:
+    return bool(np.moveaxis(x, 1, -1).flags.c_contiguous)
+
+
 def _classes_last(x: Array) -> Array:
     """(C,), (N, C) or (N, C, d1, ...) as contiguous (M, C), without a copy where possible."""
+    if x.ndim == 2:
+        return np.asarray(x, order="C")
     if x.ndim > 2:
         x = np.moveaxis(x, 1, -1)
     return np.asarray(x, order="C").reshape(-1, x.shape[-1])

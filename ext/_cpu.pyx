@@ -47,6 +47,12 @@ cdef extern from "lace_builds.h" nogil:
         int64_t (*rows_f64)(double *loss, double *gradient, const double *logits, const int64_t *target,
                             const double *probability, const double *scale, size_t step, size_t n, size_t k,
                             const lace_options_f64 *options, const lace_statistics_f64 *statistics) noexcept nogil
+        int64_t (*columns_f32)(float *loss, float *gradient, const float *logits, const int64_t *target,
+                               const float *scale, size_t step, size_t n, size_t k, size_t stride,
+                               const lace_options_f32 *options) noexcept nogil
+        int64_t (*columns_f64)(double *loss, double *gradient, const double *logits, const int64_t *target,
+                               const double *scale, size_t step, size_t n, size_t k, size_t stride,
+                               const lace_options_f64 *options) noexcept nogil
 
     const lace_build *lace_builds(size_t *count)
 
@@ -90,17 +96,20 @@ cdef void *address(object array, int flags) except? NULL:
 
 
 cdef class Job:
-    """n rows of k logits, and what is to be known of them: the arguments of lace_rows_f32 or _f64."""
+    """n rows of k logits, and what is to be known of them: the arguments of lace_rows_f32 or _f64.
+
+    With `inner` they are the columns of images, each of k planes of `inner` values: for lace_columns_f32 or _f64.
+    """
 
     cdef Bytes loss, gradient, logits, probability, scale, weight, cross_entropy, q
     cdef Integers target, rank
-    cdef size_t step, n, k, size
+    cdef size_t step, n, k, size, inner
     cdef int64_t ignore_index
     cdef double label_smoothing, strength, unit
     cdef float unit_f32
 
-    def __init__(self, loss, gradient, logits, target, probability, weight, statistics, size_t n, size_t k, size_t size,
-                 int64_t ignore_index, double label_smoothing, double strength):
+    def __init__(self, loss, gradient, logits, target, probability, weight, statistics, size_t n, size_t k, size_t inner,
+                 size_t size, int64_t ignore_index, double label_smoothing, double strength):
         self.loss = <Bytes> address(loss, PyBUF_WRITABLE)
         self.gradient = <Bytes> address(gradient, PyBUF_WRITABLE)
         self.logits = <Bytes> address(logits, 0)
@@ -111,7 +120,7 @@ cdef class Job:
             self.cross_entropy = <Bytes> address(statistics[0], PyBUF_WRITABLE)
             self.q = <Bytes> address(statistics[1], PyBUF_WRITABLE)
             self.rank = <Integers> address(statistics[2], PyBUF_WRITABLE)
-        self.n, self.k, self.size = n, k, size
+        self.n, self.k, self.inner, self.size = n, k, inner, size
         self.ignore_index, self.label_smoothing, self.strength = ignore_index, label_smoothing, strength
 
     def count(self):
@@ -143,10 +152,19 @@ cdef class Job:
 
     def run(self, size_t start, size_t stop):
         """Rows start to stop; the first whose target is no class, or -1."""
-        cdef size_t skip = start * self.size, skip_logits = skip * self.k, n = stop - start
-        cdef Bytes gradient = NULL if self.gradient is NULL else self.gradient + skip_logits
-        cdef Bytes logits = self.logits + skip_logits, loss = self.loss + skip
-        cdef Bytes probability = NULL if self.probability is NULL else self.probability + skip_logits
+        cdef size_t end
+        cdef int64_t wrong = -1
+        while self.inner and start < stop and wrong < 0:
+            end = min(stop, start - start % self.inner + self.inner)
+            wrong = self.some(start, end - start, start // self.inner * self.inner * self.k + start % self.inner)
+            start = end
+        return wrong if self.inner else self.some(start, stop - start, start * self.k)
+
+    cdef int64_t some(self, size_t start, size_t n, size_t skip_logits):
+        cdef size_t skip = start * self.size
+        cdef Bytes gradient = NULL if self.gradient is NULL else self.gradient + skip_logits * self.size
+        cdef Bytes logits = self.logits + skip_logits * self.size, loss = self.loss + skip
+        cdef Bytes probability = NULL if self.probability is NULL else self.probability + skip_logits * self.size
         cdef Bytes scale = NULL if self.scale is NULL else self.scale + skip * self.step
         cdef Integers target = NULL if self.target is NULL else self.target + start
         cdef lace_options_f32 f32
@@ -161,9 +179,13 @@ cdef class Job:
             s32.cross_entropy, s32.probability = <float *> (self.cross_entropy + skip), <float *> (self.q + skip)
             s32.rank = self.rank + start
             with nogil:
-                wrong = build.rows_f32(<float *> loss, <float *> gradient, <float *> logits, target,
-                                       <float *> probability, <float *> scale, self.step, n, self.k, &f32,
-                                       NULL if self.rank is NULL else &s32)
+                if self.inner:
+                    wrong = build.columns_f32(<float *> loss, <float *> gradient, <float *> logits, target,
+                                              <float *> scale, self.step, n, self.k, self.inner, &f32)
+                else:
+                    wrong = build.rows_f32(<float *> loss, <float *> gradient, <float *> logits, target,
+                                           <float *> probability, <float *> scale, self.step, n, self.k, &f32,
+                                           NULL if self.rank is NULL else &s32)
         else:
             f64.weight = <double *> self.weight
             f64.label_smoothing, f64.strength = self.label_smoothing, self.strength
@@ -171,19 +193,24 @@ cdef class Job:
             s64.cross_entropy, s64.probability = <double *> (self.cross_entropy + skip), <double *> (self.q + skip)
             s64.rank = self.rank + start
             with nogil:
-                wrong = build.rows_f64(<double *> loss, <double *> gradient, <double *> logits, target,
-                                       <double *> probability, <double *> scale, self.step, n, self.k, &f64,
-                                       NULL if self.rank is NULL else &s64)
+                if self.inner:
+                    wrong = build.columns_f64(<double *> loss, <double *> gradient, <double *> logits, target,
+                                              <double *> scale, self.step, n, self.k, self.inner, &f64)
+                else:
+                    wrong = build.rows_f64(<double *> loss, <double *> gradient, <double *> logits, target,
+                                           <double *> probability, <double *> scale, self.step, n, self.k, &f64,
+                                           NULL if self.rank is NULL else &s64)
         return wrong if wrong < 0 else wrong + <int64_t> start
 
-    def total(self, double divisor):
-        """The sum of the losses, divided."""
+    def mean(self, out, double divisor):
+        """Write the sum of the losses, divided, to one value at `out`."""
         cdef float f32[2]
         cdef double f64[2]
+        cdef Bytes to = <Bytes> address(out, PyBUF_WRITABLE)
         with nogil:
             if self.size == 4:
                 lace_sum_f32(f32, <float *> self.loss, self.n)
-                f64[0], f64[1] = f32[0], f32[1]
+                (<float *> to)[0] = <float> ((<double> f32[0] + f32[1]) / divisor)
             else:
                 lace_sum_f64(f64, <double *> self.loss, self.n)
-        return (f64[0] + f64[1]) / divisor
+                (<double *> to)[0] = (f64[0] + f64[1]) / divisor

@@ -68,6 +68,14 @@ int64_t lace_rows_f64(double *loss, double *gradient, const double *logits, cons
                       const double *probability, const double *scale, size_t step, size_t n, size_t k,
                       const lace_options_f64 *options, const lace_statistics_f64 *statistics);
 
+/* The same for n columns, as images have them, where a column's classes are `stride` values apart: class j of column i is
+ * at logits[j * stride + i]. For class indices without smoothing; label_smoothing is not looked at. */
+int64_t lace_columns_f32(float *loss, float *gradient, const float *logits, const int64_t *target, const float *scale,
+                         size_t step, size_t n, size_t k, size_t stride, const lace_options_f32 *options);
+int64_t lace_columns_f64(double *loss, double *gradient, const double *logits, const int64_t *target,
+                         const double *scale, size_t step, size_t n, size_t k, size_t stride,
+                         const lace_options_f64 *options);
+
 /* The sum of n values, as the exact sum of sum[0] and the much smaller sum[1]. */
 void lace_sum_f32(float sum[2], const float *values, size_t n);
 void lace_sum_f64(double sum[2], const double *values, size_t n);

@@ -23,10 +23,10 @@
 const lace_build *lace_builds(size_t *count)
 {
     static const lace_build builds[] = {
-        {"baseline", lace_rows_f32, lace_rows_f64},
+        {"baseline", lace_rows_f32, lace_rows_f64, lace_columns_f32, lace_columns_f64},
 #ifdef WIDER
-        {"avx2", lace_rows_f32_avx2, lace_rows_f64_avx2},
-        {"avx512", lace_rows_f32_avx512, lace_rows_f64_avx512},
+        {"avx2", lace_rows_f32_avx2, lace_rows_f64_avx2, lace_columns_f32_avx2, lace_columns_f64_avx2},
+        {"avx512", lace_rows_f32_avx512, lace_rows_f64_avx512, lace_columns_f32_avx512, lace_columns_f64_avx512},
 #endif
     };
     *count = 1;

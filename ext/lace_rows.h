@@ -32,6 +32,11 @@ enum { NAME(CHUNK) = 64, NAME(BATCH) = 32 };
 #define rounded NAME(rounded)
 #define weighted NAME(weighted)
 #define horner NAME(horner)
+#define exponential NAME(exponential)
+#define Results NAME(Results)
+#define hard_formulas NAME(hard_formulas)
+#define weigh NAME(weigh)
+#define hard_columns NAME(hard_columns)
 #define exponentials NAME(exponentials)
 #define log_1_plus NAME(log_1_plus)
 #define accumulate NAME(accumulate)
@@ -124,22 +129,25 @@ static inline REAL horner(const REAL *c, int n, REAL x)
     return y;
 }
 
-/* e[i] = 2^RAISED exp(z[i] - m) for z[i] <= m; 0 for -inf, NaN for NaN and for inf - inf. */
-static void exponentials(REAL *restrict e, const REAL *restrict z, REAL m, size_t count)
+/* 2^RAISED exp(z - m) for z <= m; 0 for -inf, NaN for NaN and for inf - inf. */
+static inline REAL exponential(REAL z, REAL m)
 {
     static const REAL c[] = EXP;
-    for (size_t i = 0; i < count; i++) {
-        Pair d = two_sum(z[i], -m);
-        REAL shifted = d.high * LOG2E + ROUNDER;
-        REAL n = shifted - ROUNDER;
-        REAL r1 = d.high - n * LN2_HIGH; /* exact */
-        REAL r0 = d.low - n * LN2_LOW;
-        REAL r = r1 + r0, one_r = 1 + r;
-        r0 = ((r1 - r) + r0) + (r - (one_r - 1)); /* what r and 1 + r have lost */
-        REAL y = one_r + (r0 + r * r * horner(c, sizeof c / sizeof *c, r));
-        BITS power = (bits_of(shifted) - bits_of(ROUNDER) + (BITS)(BIAS + RAISED)) << MANTISSA;
-        e[i] = d.high < SMALLEST_EXPONENT ? 0 : y * from_bits(power);
-    }
+    Pair d = two_sum(z, -m);
+    REAL shifted = d.high * LOG2E + ROUNDER;
+    REAL n = shifted - ROUNDER;
+    REAL r1 = d.high - n * LN2_HIGH; /* exact */
+    REAL r0 = d.low - n * LN2_LOW;
+    REAL r = r1 + r0, one_r = 1 + r;
+    r0 = ((r1 - r) + r0) + (r - (one_r - 1)); /* what r and 1 + r have lost */
+    REAL y = one_r + (r0 + r * r * horner(c, sizeof c / sizeof *c, r));
+    BITS power = (bits_of(shifted) - bits_of(ROUNDER) + (BITS)(BIAS + RAISED)) << MANTISSA;
+    return d.high < SMALLEST_EXPONENT ? 0 : y * from_bits(power);
+}
+
+static void exponentials(REAL *restrict e, const REAL *restrict z, REAL m, size_t count)
+{
+    for (size_t i = 0; i < count; i++) e[i] = exponential(z[i], m);
 }
 
 /* log(1 + x) for x >= 0, good to about 2^-28 (float) or 2^-58 (double) of itself. */
@@ -285,6 +293,25 @@ static void describe(const STATISTICS *to, size_t i, const Rows *rows, size_t r,
     to->rank[i] = rank;
 }
 
+/* Of rows side by side: class weight, factor of the gradient; loss, gradient at the target and, over exp, elsewhere. */
+typedef struct { REAL w[BATCH], g[BATCH], loss[BATCH], own[BATCH], others[BATCH]; } Results;
+
+static void hard_formulas(Results *x, const Rows *rows, REAL strength, size_t count)
+{
+    const Pair s = {strength, 0}, rest = two_sum(1, -strength);
+    for (size_t r = 0; r < count; r++) {
+        const Pair inverse = get(&rows->inverse, r), e_t = {rows->own[r], 0}, scale = {x->g[r], 0};
+        Pair p = multiply(get(&rows->others, r), inverse), q = multiply(e_t, inverse);
+        Pair n = negative_log(rows, r, rows->z[r]), qn = multiply(q, n);
+        qn.high = q.high == 0 ? 0 : qn.high; /* its limit where n is infinite */
+        qn.low = q.high == 0 ? 0 : qn.low;
+        Pair factor = multiply(scale, add(rest, multiply(s, add(p, qn))));
+        x->others[r] = rounded(multiply(factor, inverse));
+        x->own[r] = -rounded(multiply(factor, p));
+        x->loss[r] = weighted(x->w[r], rounded(multiply(add(rest, multiply(s, p)), n)));
+    }
+}
+
 typedef struct {
     REAL *loss, *gradient;
     const REAL *logits;
@@ -294,41 +321,89 @@ typedef struct {
     const OPTIONS *options;
 } Job;
 
+static inline void weigh(Results *x, size_t r, const Job *job, size_t i)
+{
+    x->w[r] = job->options->weight ? job->options->weight[job->target[i]] : 1;
+    x->g[r] = job->scale ? x->w[r] * job->scale[i * job->step] : x->w[r];
+}
+
 /* Losses and gradients of the `count` rows that `index` names. */
 static void hard_rows(Rows *rows, const Job *job, const size_t *index, size_t count)
 {
     const size_t k = job->k;
-    const REAL *weight = job->options->weight;
-    REAL w[BATCH], g[BATCH], f[BATCH], others[BATCH], own[BATCH];
-    for (size_t r = 0; r < count; r++) {
-        const size_t i = index[r], t = (size_t)job->target[i];
-        const REAL *z = job->logits + i * k;
-        sum_exponentials(rows, r, job->gradient ? job->gradient + i * k : NULL, z, k, maximum(z, k), t);
-        w[r] = weight ? weight[t] : 1;
-        g[r] = job->scale ? w[r] * job->scale[i * job->step] : w[r];
-    }
-    finish_sums(rows, count);
-    const Pair s = {job->options->strength, 0}, rest = two_sum(1, -job->options->strength);
-    for (size_t r = 0; r < count; r++) {
-        const Pair inverse = get(&rows->inverse, r), e_t = {rows->own[r], 0}, scale = {g[r], 0};
-        Pair p = multiply(get(&rows->others, r), inverse), q = multiply(e_t, inverse);
-        Pair n = negative_log(rows, r, rows->z[r]), qn = multiply(q, n);
-        qn.high = q.high == 0 ? 0 : qn.high; /* its limit where n is infinite */
-        qn.low = q.high == 0 ? 0 : qn.low;
-        Pair factor = multiply(scale, add(rest, multiply(s, add(p, qn))));
-        others[r] = rounded(multiply(factor, inverse));
-        own[r] = -rounded(multiply(factor, p));
-        f[r] = weighted(w[r], rounded(multiply(add(rest, multiply(s, p)), n)));
-    }
+    Results x;
     for (size_t r = 0; r < count; r++) {
         const size_t i = index[r];
-        job->loss[i] = f[r];
+        const REAL *z = job->logits + i * k;
+        REAL *e = job->gradient ? job->gradient + i * k : NULL;
+        sum_exponentials(rows, r, e, z, k, maximum(z, k), (size_t)job->target[i]);
+        weigh(&x, r, job, i);
+    }
+    finish_sums(rows, count);
+    hard_formulas(&x, rows, job->options->strength, count);
+    for (size_t r = 0; r < count; r++) {
+        const size_t i = index[r];
+        job->loss[i] = x.loss[r];
         if (job->gradient) {
             REAL *row = job->gradient + i * k;
-            for (size_t j = 0; j < k; j++) row[j] = (row[j] * LOWER) * others[r];
-            row[job->target[i]] = own[r];
+            for (size_t j = 0; j < k; j++) row[j] = (row[j] * LOWER) * x.others[r];
+            row[job->target[i]] = x.own[r];
         }
     }
+}
+
+/* The same for columns i to i + count - 1, whose classes are `stride` values apart: they are worked on class by class, up
+ * to CHUNK classes in a tile of their own, because planes of 2^n values share their places in a cache. */
+static void hard_columns(Rows *rows, const Job *job, size_t i, size_t count, size_t stride)
+{
+    const size_t k = job->k;
+    REAL tile[CHUNK * BATCH], *gradient = job->gradient ? job->gradient + i : NULL;
+    const int fits = k <= CHUNK;
+    const REAL *z = job->logits + i;
+    REAL *e = fits || !gradient ? tile : gradient;
+    const size_t z_step = fits ? BATCH : stride, e_step = fits ? BATCH : gradient ? stride : 0;
+    BITS t[BATCH]; /* as wide as REAL, so that a compiler compares several at once */
+    Results x;
+    for (size_t r = 0; r < count; r++) {
+        const int ignored = job->target[i + r] == job->options->ignore_index;
+        t[r] = ignored ? (BITS)-1 : (BITS)job->target[i + r];
+        x.w[r] = x.g[r] = 0;
+        if (!ignored) weigh(&x, r, job, i + r);
+        rows->max[r] = z[r];
+        rows->own[r] = rows->others.high[r] = rows->others.low[r] = 0;
+    }
+    for (size_t j = 0; j < k; j++)
+        for (size_t r = 0; r < count; r++) {
+            REAL value = z[j * stride + r];
+            rows->max[r] = value > rows->max[r] ? value : rows->max[r];
+            if (fits) tile[j * BATCH + r] = value;
+        }
+    if (fits) z = tile;
+    for (size_t r = 0; r < count; r++) rows->z[r] = rows->max[r];
+    for (size_t j = 0; j < k; j++)
+        for (size_t r = 0; r < count; r++) {
+            const int mine = t[r] == (BITS)j;
+            REAL logit = z[j * z_step + r], value = exponential(logit, rows->max[r]);
+            rows->own[r] = mine ? value * LOWER : rows->own[r];
+            rows->z[r] = mine ? logit : rows->z[r];
+            value = mine ? 0 : value;
+            Pair sum = two_sum(rows->others.high[r], value);
+            rows->others.high[r] = sum.high;
+            rows->others.low[r] += sum.low;
+            e[j * e_step + r] = value;
+        }
+    for (size_t r = 0; r < count; r++) {
+        Pair others = two_sum(rows->others.high[r] * LOWER, rows->others.low[r] * LOWER);
+        set(&rows->others, r, others);
+    }
+    finish_sums(rows, count);
+    hard_formulas(&x, rows, job->options->strength, count);
+    for (size_t r = 0; r < count; r++) job->loss[i + r] = t[r] == (BITS)-1 ? 0 : x.loss[r];
+    for (size_t j = 0; gradient && j < k; j++)
+        for (size_t r = 0; r < count; r++) {
+            REAL value = t[r] == (BITS)j ? x.own[r] : (e[j * e_step + r] * LOWER) * x.others[r];
+            gradient[j * stride + r] = t[r] == (BITS)-1 ? 0 : value;
+        }
 }
 
 /* q, r, a f and a K, as in ref/loss.py, of `count` classes. */
@@ -436,6 +511,19 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
     return -1;
 }
 
+int64_t NAME(lace_columns)(REAL *loss, REAL *gradient, const REAL *logits, const int64_t *target, const REAL *scale,
+                           size_t step, size_t n, size_t k, size_t stride, const OPTIONS *options)
+{
+    const OPTIONS defaults = {NULL, 0, 1, -100};
+    if (!options) options = &defaults;
+    for (size_t i = 0; i < n; i++)
+        if (target[i] != options->ignore_index && (target[i] < 0 || (uint64_t)target[i] >= k)) return (int64_t)i;
+    const Job job = {loss, gradient, logits, target, NULL, scale, step, k, options};
+    Rows rows;
+    for (size_t i = 0; i < n; i += BATCH) hard_columns(&rows, &job, i, n - i < BATCH ? n - i : BATCH, stride);
+    return -1;
+}
+
 void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 {
     Lanes lanes = {{0}, {0}};
@@ -486,6 +574,11 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 #undef rounded
 #undef weighted
 #undef horner
+#undef exponential
+#undef Results
+#undef hard_formulas
+#undef weigh
+#undef hard_columns
 #undef exponentials
 #undef log_1_plus
 #undef accumulate

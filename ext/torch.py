@@ -13,7 +13,6 @@ place where the result is the same (see `_kernel_applies`).
 
 from __future__ import annotations
 
-from functools import reduce as fold
 from math import isfinite
 from operator import index
 from typing import Any
@@ -122,7 +121,8 @@ def lace_loss(
         found = _statistics(input.detach(), target, ignore_index) if statistics else ()
     if normalizer is not None:
         loss = loss / normalizer
-    loss = loss.to(_result_dtype(input, target, weight))
+    if loss.dtype != (dtype := _result_dtype(input, target, weight)):
+        loss = loss.to(dtype)
     return (loss, dict(zip(("cross_entropy", "probability", "rank"), found, strict=True))) if statistics else loss
 
 
@@ -207,17 +207,19 @@ def _is_well_formed(
 
 def _seen_as(dtype: torch.dtype, input: Tensor) -> torch.dtype:
     """Autocast calls cross_entropy with float32 in place of the half types."""
+    if dtype not in _HALF:
+        return dtype
     device = input.device.type
-    autocast = dtype in _HALF and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.float32 if autocast else dtype
 
 
 def _result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
     dtype = _seen_as(input.dtype, input)
-    if target.shape != input.shape:
-        return dtype
-    others = (target, *(() if weight is None else (weight,)))
-    return fold(torch.promote_types, (_seen_as(x.dtype, input) for x in others), dtype)
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, _seen_as(target.dtype, input))
+        dtype = dtype if weight is None else torch.promote_types(dtype, _seen_as(weight.dtype, input))
+    return dtype
 
 
 def _working_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -229,15 +231,16 @@ def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
     """The kernel has a first derivative with respect to the input (the second is the composite's), no forward mode, and
     it is part of no graph that is meant to run elsewhere (export, trace). Compilers see it as one operation.
     """
+    given = (input, target) if weight is None else (input, target, weight)
+    if not _is_plain(*given) or torch.compiler.is_exporting():
+        return False
     work = _working_dtype(input, target, weight)
-    given = [x for x in (input, target, weight) if x is not None]
-    return (
-        _is_plain(*given)
-        and not torch.compiler.is_exporting()
-        and all(x.dtype == work or (x.dtype in _HALF and work == torch.float32) for x in given if x.is_floating_point())
-        and not any(x.requires_grad for x in given[1:])
-        and not any(_has_tangent(x) for x in given)
-    )
+    for x in given:
+        if x.is_floating_point() and x.dtype != work and not (x.dtype in _HALF and work == torch.float32):
+            return False
+        if _has_tangent(x) or (x.requires_grad and x is not input):
+            return False
+    return True
 
 
 def _has_tangent(x: Tensor) -> bool:
@@ -247,11 +250,11 @@ def _has_tangent(x: Tensor) -> bool:
 
 def _is_plain(*tensors: Tensor) -> bool:
     """Whether Python may read the numbers: on a CPU, no subclass, outside of torch.func and jit's tracing."""
-    return (
-        all(x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and not torch._C._are_functorch_transforms_active()
-    )
+    for x in tensors:
+        if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
+            return False
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return not tracing and not torch._C._are_functorch_transforms_active()
 
 
 def _is_recorded() -> bool:
@@ -365,12 +368,11 @@ def _outputs(
     """Room for the loss, then for the gradient and for the three statistics, where they are asked for."""
     axis, dtype = _class_axis(input), _working_dtype(input, target, weight)
     samples = input.shape[:axis] + input.shape[axis + 1 :]
-    outputs = [torch.empty(samples if reduction == "none" else (), dtype=dtype, device=input.device)]
+    outputs = [input.new_empty(samples if reduction == "none" else (), dtype=dtype)]
     if gradient:
         outputs.append(torch.empty_like(input))
     if statistics:
-        kinds = (dtype, dtype, torch.int64)
-        outputs += [torch.empty(samples, dtype=kind, device=input.device) for kind in kinds]
+        outputs += [input.new_empty(samples, dtype=kind) for kind in (dtype, dtype, torch.int64)]
     return outputs
 
 
@@ -396,15 +398,20 @@ def _by_kernel(
         target.shape == input.shape,
         [x.view(-1) for x in outputs[-3:]] if statistics else None,
     )
-    z = _rows(input)
-    n, k = z.shape
-    y = _rows(target).to(dtype) if probabilities else target.to(torch.int64).contiguous().view(-1)
+    k = input.shape[axis]
+    n = input.numel() // k
+    # As in the NumPy face: plane by plane where the kernel can.
+    planes = input.dim() > 2 and not (probabilities or label_smoothing or statistics) and input.dtype == dtype
+    planes = planes and not input.movedim(1, -1).is_contiguous()
+    inner = n // max(1, len(input)) if planes else 0
+    z = input.detach().resolve_neg().contiguous() if planes else _rows(input)
+    y = _rows(target).to(dtype) if probabilities else _integers(target)
     w = None if weight is None else weight.detach().to(dtype).resolve_neg().contiguous()
     losses = loss.view(-1) if reduction == "none" else loss.new_empty(n)
     g = None
     if gradient:
-        as_input = outputs[1].movedim(axis, -1) if axis else outputs[1]
-        g = as_input.reshape(n, k) if z.data_ptr() == input.data_ptr() else torch.empty_like(z)
+        as_z = outputs[1] if planes or not axis else outputs[1].movedim(axis, -1)
+        g = as_z.reshape(z.shape) if z.data_ptr() == input.data_ptr() else torch.empty_like(z)
     each, above = None, 1.0
     if grad_output is not None:
         if grad_output.dim():
@@ -412,7 +419,7 @@ def _by_kernel(
         else:
             above = grad_output.item()
 
-    whole = _job(losses, g, z, y, probabilities, w, stats, options)
+    whole = _job(losses, g, z, y, probabilities, w, stats, n, k, inner, options)
     divisor = whole.count() if reduction == "mean" else 1.0
     if z.dtype == dtype:
         whole.scale_by(above, divisor, None if each is None else each.data_ptr())
@@ -422,7 +429,7 @@ def _by_kernel(
         for part in (slice(i, i + block) for i in range(0, n, block)):
             z_part, each_part = z[part].to(dtype), None if each is None else each[part]
             g_part, stats_part = None if g is None else torch.empty_like(z_part), stats and [x[part] for x in stats]
-            job = _job(losses[part], g_part, z_part, y[part], probabilities, w, stats_part, options)
+            job = _job(losses[part], g_part, z_part, y[part], probabilities, w, stats_part, len(z_part), k, 0, options)
             job.scale_by(above, divisor, None if each_part is None else each_part.data_ptr())
             wrong = max(wrong, _in_threads(job, len(z_part), k, torch.get_num_threads()))
             if g is not None and g_part is not None:
@@ -430,9 +437,9 @@ def _by_kernel(
     if wrong >= 0:
         check_target(target, k, ignore_index)
     if g is not None and g.data_ptr() != outputs[1].data_ptr():
-        as_input.copy_(g.view(as_input.shape))
+        as_z.copy_(g.view(as_z.shape))
     if reduction != "none":
-        loss.fill_(whole.total(divisor))
+        whole.mean(loss.data_ptr(), divisor)
     return outputs
 
 
@@ -444,6 +451,9 @@ def _job(
     probabilities: bool,
     w: Tensor | None,
     statistics: list[Tensor] | None,
+    n: int,
+    k: int,
+    inner: int,
     options: tuple[int, float, float],
 ) -> _cpu.Job:
     """Of these tensors, by address: they must outlive it."""
@@ -455,8 +465,9 @@ def _job(
         y.data_ptr() if probabilities else None,
         None if w is None else w.data_ptr(),
         None if statistics is None else [x.data_ptr() for x in statistics],
-        z.shape[0],
-        z.shape[1],
+        n,
+        k,
+        inner,
         losses.element_size(),
         *options,
     )
@@ -469,6 +480,11 @@ def _rows(x: Tensor) -> Tensor:
     x = x.detach().resolve_neg()
     x = x.movedim(1, -1) if x.dim() > 2 else x
     return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _integers(target: Tensor) -> Tensor:
+    plain = target.dtype == torch.int64 and target.dim() == 1 and target.is_contiguous()
+    return target if plain else target.to(torch.int64).contiguous().view(-1)
 
 
 # One operation to compilers and other modes that record what runs.

@@ -31,6 +31,12 @@ def results(threads=None):
             ):
                 loss, gradient = ext.forward_backward(logits, target, threads=threads, **options)
                 digest.update(np.asarray(loss).tobytes() + gradient.tobytes())
+        for shape in ((2, 19, 40, 7), (1, 5, 3), (1, 100, 65), (3, 19, 1)):
+            images = (5 * rng.normal(size=shape)).astype(dtype)
+            classes = rng.integers(0, shape[1], shape[:1] + shape[2:])
+            classes.flat[1::5] = -100
+            loss, gradient = ext.forward_backward(images, classes, threads=threads, weight=rng.uniform(size=shape[1]))
+            digest.update(np.asarray(loss).tobytes() + gradient.tobytes())
     return digest.hexdigest()
 
 
