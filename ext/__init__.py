@@ -19,7 +19,7 @@ Array = NDArray[Any]
 _DTYPES = (np.dtype(np.float32), _FLOAT64 := np.dtype(np.float64))
 
 # Starting two threads takes about as long as the kernel needs for so many logits.
-_LOGITS_WORTH_A_THREAD = 1 << 17
+_LOGITS_WORTH_A_THREAD = 1 << 16
 
 
 class Options(TypedDict, total=False):

@@ -102,7 +102,7 @@ def lace_loss(
             kinds = [f"{name} {x.dtype} {tuple(x.shape)}" for name, x in given.items() if x is not None]
             raise RuntimeError(f"these do not go together: {', '.join(kinds)}, ignore_index {ignore_index}")
         return by_torch  # no logits, C = 0 among them: nothing for the strength to change
-    probabilities = target.shape == input.shape
+    probabilities = target.is_floating_point()
     if statistics and probabilities:
         raise ValueError("statistics are of class indices, and the target holds probabilities")
     if input.dim() == target.dim() == 1 and not probabilities:
@@ -182,24 +182,24 @@ def _is_well_formed(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> bool:
     """Whether `cross_entropy` would take these arguments (but for other index dtypes); it words the refusal itself."""
-    given = [input, target] if weight is None else [input, target, weight]
-    if not all(isinstance(x, Tensor) and x.layout == torch.strided and not x.is_complex() for x in given):
-        return False
-    if input.dtype not in _FLOATING or input.dim() == 0:
+    for x in (input, target) if weight is None else (input, target, weight):
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_complex():
+            return False
+    shape, given = input.shape, target.shape
+    if input.dtype not in _FLOATING or not shape:
         return False
     axis = _class_axis(input)
-    classes, samples = input.shape[axis], input.shape[:axis] + input.shape[axis + 1 :]
-    if target.shape == input.shape:
+    if given == shape:
         fits = target.is_floating_point() and ignore_index < 0
     else:
-        fits = (target.shape == samples or input.dim() == target.dim() == target.numel() == 1) and (
+        fits = (given == shape[:axis] + shape[axis + 1 :] or len(shape) == len(given) == target.numel() == 1) and (
             target.dtype in _INDEX_DTYPES
             and (weight is None or _seen_as(weight.dtype, input) == _seen_as(input.dtype, input))
         )
     return (
         fits
-        and classes > 0
-        and (weight is None or weight.shape == (classes,))
+        and shape[axis] > 0
+        and (weight is None or weight.shape == shape[axis : axis + 1])
         and type(ignore_index) is int
         and 0 <= label_smoothing <= 1
     )
@@ -284,7 +284,8 @@ class _Kernel(torch.autograd.Function):
         at_once = input.dtype not in _HALF
         loss, *found = _forward(input, target, weight, None, at_once, *options, statistics)
         ctx.save_for_backward(input, target, weight, found.pop(0) if at_once else None)
-        ctx.mark_non_differentiable(*found)
+        if statistics:
+            ctx.mark_non_differentiable(*found)
         return loss, *found
 
     @staticmethod
@@ -392,13 +393,10 @@ def _by_kernel(
     outputs = _outputs(
         input, target, weight, grad_output, gradient, ignore_index, reduction, label_smoothing, strength, statistics
     )
-    loss, axis, options = outputs[0], _class_axis(input), (ignore_index, label_smoothing, strength)
-    dtype, probabilities, stats = (
-        loss.dtype,
-        target.shape == input.shape,
-        [x.view(-1) for x in outputs[-3:]] if statistics else None,
-    )
-    k = input.shape[axis]
+    loss, axis, probabilities = outputs[0], _class_axis(input), target.is_floating_point()
+    stats = [x.view(-1) for x in outputs[-3:]] if statistics else None
+    options = (ignore_index, label_smoothing, strength)
+    dtype, k = loss.dtype, input.shape[axis]
     n = input.numel() // k
     # As in the NumPy face: plane by plane where the kernel can.
     planes = input.dim() > 2 and not (probabilities or label_smoothing or statistics) and input.dtype == dtype
@@ -583,4 +581,4 @@ def _along(axis: int, z: Tensor) -> list[int]:
 
 
 def _class_axis(input: Tensor) -> int:
-    return min(1, input.dim() - 1)
+    return 1 if input.dim() > 1 else 0
