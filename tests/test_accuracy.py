@@ -1,5 +1,6 @@
 """Loss and every gradient entry against mpmath, in ulp, where other implementations lose all their digits."""
 
+import mpmath
 import numpy as np
 import pytest
 from oracle import exact, rows, ulps
@@ -26,6 +27,19 @@ def test_loss_and_gradient_are_exact_to_the_contract(dtype, logits, target, stre
     assert got_loss.dtype == got_gradient.dtype == dtype
     assert ulps(got_loss, loss, dtype) <= ULP["kernel"]
     assert ulps(got_gradient, gradient, dtype) <= ULP["kernel"]
+    image, targets = np.repeat(logits[None, :, None], 3, axis=2), np.full((1, 3), target)
+    got_losses, got_gradients = ext.forward_backward(image, targets, reduction="none", strength=strength)
+    assert ulps(got_losses[0, 1], loss, dtype) <= ULP["kernel"]
+    assert ulps(got_gradients[0, :, 1], gradient, dtype) <= ULP["kernel"]
+
+
+def test_more_than_2_31_logits_are_counted_right(tmp_path):
+    """Zeros that no disk holds: L = (1 - 1/C) log C, and the rows begin where 32 bits would wrap."""
+    classes = 2**30 + 8
+    logits = np.memmap(tmp_path / "zeros", np.float32, "w+", shape=(2, classes))
+    losses = ext.forward(logits, np.array([5, classes - 1]), reduction="none")
+    assert ulps(losses[1], (1 - mpmath.mpf(1) / classes) * mpmath.log(classes), np.float32) <= ULP["kernel"]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

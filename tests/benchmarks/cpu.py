@@ -96,7 +96,9 @@ def ratios(found, which, over, rounds):
     calls = {}
     for name, function in functions.items():
         function()  # warm: compiles, starts threads, touches memory
-        calls[name] = max(1, round(LONG_ENOUGH / seconds(function, 1)))
+        calls[name] = 1
+        while calls[name] * seconds(function, calls[name]) < LONG_ENOUGH:
+            calls[name] *= 2
     times = [{name: seconds(function, calls[name]) for name, function in functions.items()} for _ in range(rounds)]
     return {name: statistics.median(t[name] / t[over] for t in times) for name in functions}
 
