@@ -9,6 +9,7 @@ def builds() -> list[str]: ...
 def use(name: str) -> None: ...
 
 class Job:
+    keep: list[Any]
     def __init__(
         self,
         loss: Address,

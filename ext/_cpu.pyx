@@ -84,7 +84,7 @@ use(os.environ.get("LACE_BUILD") or builds()[-1])
 
 
 cdef void *address(object array, int flags) except? NULL:
-    """NULL for None. The caller's reference keeps the memory alive."""
+    """NULL for None."""
     cdef Py_buffer view
     if array is None:
         return NULL
@@ -99,7 +99,10 @@ cdef class Job:
     """n rows of k logits, and what is to be known of them: the arguments of lace_rows_f32 or _f64.
 
     With `inner` they are the columns of images, each of k planes of `inner` values: for lace_columns_f32 or _f64.
+    `keep` is whatever owns the memory: an interrupt may end the caller while another thread still runs the job.
     """
+
+    cdef public object keep
 
     cdef Bytes loss, gradient, logits, probability, scale, weight, cross_entropy, q
     cdef Integers target, rank
@@ -121,6 +124,7 @@ cdef class Job:
             self.q = <Bytes> address(statistics[1], PyBUF_WRITABLE)
             self.rank = <Integers> address(statistics[2], PyBUF_WRITABLE)
         self.n, self.k, self.inner, self.size = n, k, inner, size
+        self.keep = [loss, gradient, logits, target, probability, weight, statistics]
         self.ignore_index, self.label_smoothing, self.strength = ignore_index, label_smoothing, strength
 
     def count(self):
@@ -144,6 +148,7 @@ cdef class Job:
     def scale_by(self, double above, double divisor, each):
         """Multiply the gradient by above / divisor or, if that is not None, each row's by its factor in `each`."""
         self.scale = <Bytes> address(each, 0)
+        self.keep.append(each)
         self.step = self.scale is not NULL
         if each is None:
             self.unit = above / divisor

@@ -421,6 +421,7 @@ def _by_kernel(
     divisor = whole.count() if reduction == "mean" else 1.0
     if z.dtype == dtype:
         whole.scale_by(above, divisor, None if each is None else each.data_ptr())
+        whole.keep += [each]
         wrong = _in_threads(whole, n, k, torch.get_num_threads())
     else:
         block, wrong = max(1, _LOGITS_WORTH_A_THREAD * torch.get_num_threads() // k), -1
@@ -429,6 +430,7 @@ def _by_kernel(
             g_part, stats_part = None if g is None else torch.empty_like(z_part), stats and [x[part] for x in stats]
             job = _job(losses[part], g_part, z_part, y[part], probabilities, w, stats_part, len(z_part), k, 0, options)
             job.scale_by(above, divisor, None if each_part is None else each_part.data_ptr())
+            job.keep += [each]
             wrong = max(wrong, _in_threads(job, len(z_part), k, torch.get_num_threads()))
             if g is not None and g_part is not None:
                 g[part] = g_part
@@ -454,8 +456,8 @@ def _job(
     inner: int,
     options: tuple[int, float, float],
 ) -> _cpu.Job:
-    """Of these tensors, by address: they must outlive it."""
-    return _cpu.Job(
+    """Of these tensors, by address."""
+    job = _cpu.Job(
         losses.data_ptr(),
         None if g is None else g.data_ptr(),
         z.data_ptr(),
@@ -469,6 +471,8 @@ def _job(
         losses.element_size(),
         *options,
     )
+    job.keep += [losses, g, z, y, w, statistics]
+    return job
 
 
 def _rows(x: Tensor) -> Tensor:
