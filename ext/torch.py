@@ -232,7 +232,8 @@ def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
     it is part of no graph that is meant to run elsewhere (export, trace). Compilers see it as one operation.
     """
     given = (input, target) if weight is None else (input, target, weight)
-    if not _is_plain(*given) or torch.compiler.is_exporting():
+    # The flag itself: compiled, is_exporting() is always True in torch 2.11.
+    if not _is_plain(*given) or torch.compiler._is_exporting_flag:
         return False
     work = _working_dtype(input, target, weight)
     for x in given:

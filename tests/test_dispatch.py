@@ -91,13 +91,14 @@ BY_COMPOSITE = {
     ),
     "jvp": (lambda: torch.func.jvp(loss, (INPUT,), (VECTOR,))[1], SLOPE),
     "jvp of grad": (lambda: torch.func.jvp(torch.func.grad(loss), (INPUT,), (VECTOR,))[1], PRODUCT),
-    "export": (lambda: exported()(INPUT, CLASSES), LOSS),
+    "export": (lambda: exported(strict=False)(INPUT, CLASSES), LOSS),
+    "strict export": (lambda: exported(strict=True)(INPUT, CLASSES), LOSS),
     "jit.trace": (lambda: traced()(INPUT), LOSS),
 }
 
 
-def exported():
-    return torch.export.export(LACELoss(), (INPUT, CLASSES)).module()
+def exported(strict):
+    return torch.export.export(LACELoss(), (INPUT, CLASSES), strict=strict).module()
 
 
 def traced():

@@ -103,6 +103,8 @@ def test_the_function_s_cases_in_other_dtypes_give_its_dtype_and_value(dtype):
 
 
 def test_the_module_s_error_inputs_are_refused_by_the_same_type_and_words():
+    if MODULE.module_error_inputs_func is None:
+        pytest.skip(f"torch {torch.__version__} has none for CrossEntropyLoss")
     cases = MODULE.module_error_inputs_func(MODULE, **DOUBLE, training=True)
     assert cases
     for case in cases:
