@@ -283,8 +283,9 @@ class _Kernel(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.options = options
         at_once = input.dtype not in _HALF
-        loss, *found = _forward(input, target, weight, None, at_once, *options, statistics)
-        ctx.save_for_backward(input, target, weight, found.pop(0) if at_once else None)
+        loss, *others = _forward(input, target, weight, None, at_once, *options, statistics)
+        gradient, found = (others[0], others[1:]) if at_once else (None, others)
+        ctx.save_for_backward(input, target, weight, gradient)
         if statistics:
             ctx.mark_non_differentiable(*found)
         return loss, *found
