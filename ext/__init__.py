@@ -71,8 +71,10 @@ def forward_backward(
     threads : at most so many, by default the number of processors. The result does not depend on it.
     """
     z = np.asarray(logits)
-    gradient = np.empty(z.shape, z.dtype) if out is None else out
-    if out is not None:
+    if out is None:
+        gradient = np.empty(z.shape, z.dtype)
+    else:
+        gradient = out
         if out.shape != z.shape or out.dtype != z.dtype or not out.flags.writeable:
             kind = "writable" if out.flags.writeable else "read-only"
             raise ValueError(
@@ -159,7 +161,7 @@ def _run(
     job = _cpu.Job(losses, rows, z, indices, probability, w, None, *options)
     divisor = job.count() if reduction == "mean" else 1.0
     job.scale_by(above, divisor, each)
-    wrong = _in_threads(job, n, classes, threads)
+    wrong = _in_threads(job, threads)
     if wrong >= 0:
         place = [int(i) for i in np.unravel_index(wrong, shape)]
         raise IndexError(f"target{place or ''} is {y[tuple(place)]}, not a class: 0 to {classes - 1}")
@@ -175,14 +177,14 @@ def _run(
     return loss[()]
 
 
-def _in_threads(job: _cpu.Job, n: int, k: int, threads: int | None) -> int:
+def _in_threads(job: _cpu.Job, threads: int | None) -> int:
     """Run the job; the first row whose class does not exist, or -1."""
-    parts = min(threads or os.cpu_count() or 1, n * k // _LOGITS_WORTH_A_THREAD)
+    parts = min(threads or os.cpu_count() or 1, job.n * job.k // _LOGITS_WORTH_A_THREAD)
     if parts < 2:
-        return job.run(0, n)
+        return job.run(0, job.n)
     global _pool
     _pool = _pool or ThreadPoolExecutor()
-    edges = [n * i // parts for i in range(parts + 1)]
+    edges = [job.n * i // parts for i in range(parts + 1)]
     others = _pool.map(job.run, edges[1:-1], edges[2:])
     return min((row for row in (job.run(0, edges[1]), *others) if row >= 0), default=-1)
 

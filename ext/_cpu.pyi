@@ -10,6 +10,8 @@ def use(name: str) -> None: ...
 
 class Job:
     keep: list[Any]
+    n: int
+    k: int
     def __init__(
         self,
         loss: Address,

@@ -106,7 +106,8 @@ cdef class Job:
 
     cdef Bytes loss, gradient, logits, probability, scale, weight, cross_entropy, q
     cdef Integers target, rank
-    cdef size_t step, n, k, size, inner
+    cdef readonly size_t n, k
+    cdef size_t step, size, inner
     cdef int64_t ignore_index
     cdef double label_smoothing, strength, unit
     cdef float unit_f32

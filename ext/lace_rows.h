@@ -52,6 +52,7 @@ enum { NAME(CHUNK) = 64, NAME(BATCH) = 32 };
 #define describe NAME(describe)
 #define class_terms NAME(class_terms)
 #define soft_rows NAME(soft_rows)
+#define first_wrong NAME(first_wrong)
 
 typedef struct { REAL high, low; } Pair; /* their exact sum, |low| at most about an ulp of high */
 
@@ -282,10 +283,8 @@ static inline Pair negative_log(const Rows *rows, size_t r, REAL z)
 static void describe(const STATISTICS *to, size_t i, const Rows *rows, size_t r, const REAL *z, size_t k,
                      size_t t)
 {
-    REAL e;
     int64_t rank = 0;
-    exponentials(&e, z + t, rows->max[r], 1);
-    Pair e_t = {e * LOWER, 0};
+    Pair e_t = {exponential(z[t], rows->max[r]) * LOWER, 0};
     for (size_t j = 0; j < t; j++) rank += !(z[j] < z[t]); /* NaN counts as larger */
     for (size_t j = t + 1; j < k; j++) rank += !(z[j] <= z[t]);
     to->cross_entropy[i] = rounded(negative_log(rows, r, z[t]));
@@ -474,15 +473,22 @@ static void soft_rows(Rows *rows, const Job *job, const size_t *index, size_t co
     }
 }
 
+/* The first of n targets that is neither a class nor ignored, or -1. */
+static int64_t first_wrong(const int64_t *target, size_t n, size_t k, int64_t ignore_index)
+{
+    for (size_t i = 0; i < n; i++)
+        if (target[i] != ignore_index && (target[i] < 0 || (uint64_t)target[i] >= k)) return (int64_t)i;
+    return -1;
+}
+
 int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const int64_t *target, const REAL *probability,
                         const REAL *scale, size_t step, size_t n, size_t k, const OPTIONS *options,
                         const STATISTICS *statistics)
 {
     const OPTIONS defaults = {NULL, 0, 1, -100};
     if (!options) options = &defaults;
-    if (!probability)
-        for (size_t i = 0; i < n; i++)
-            if (target[i] != options->ignore_index && (target[i] < 0 || (uint64_t)target[i] >= k)) return (int64_t)i;
+    const int64_t wrong = probability ? -1 : first_wrong(target, n, k, options->ignore_index);
+    if (wrong >= 0) return wrong;
     const Job job = {loss, gradient, logits, target, probability, scale, step, k, options};
     const size_t fitting = NEAR / k, limit = fitting < 1 ? 1 : fitting < BATCH ? fitting : BATCH;
     size_t index[BATCH], count = 0;
@@ -516,8 +522,8 @@ int64_t NAME(lace_columns)(REAL *loss, REAL *gradient, const REAL *logits, const
 {
     const OPTIONS defaults = {NULL, 0, 1, -100};
     if (!options) options = &defaults;
-    for (size_t i = 0; i < n; i++)
-        if (target[i] != options->ignore_index && (target[i] < 0 || (uint64_t)target[i] >= k)) return (int64_t)i;
+    const int64_t wrong = first_wrong(target, n, k, options->ignore_index);
+    if (wrong >= 0) return wrong;
     const Job job = {loss, gradient, logits, target, NULL, scale, step, k, options};
     Rows rows;
     for (size_t i = 0; i < n; i += BATCH) hard_columns(&rows, &job, i, n - i < BATCH ? n - i : BATCH, stride);
@@ -594,3 +600,4 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 #undef describe
 #undef class_terms
 #undef soft_rows
+#undef first_wrong

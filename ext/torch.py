@@ -171,8 +171,7 @@ def check_target(target: Tensor, classes: int, ignore_index: int = -100) -> None
 
     For a loss that became NaN on a GPU, where `lace_loss` does not look: asking waits for the device.
     """
-    t = target.long()
-    wrong = ((t < 0) | (t >= classes)) & (t != ignore_index)
+    _, _, wrong = _looked_up(target, classes, ignore_index)
     if wrong.any():
         place = wrong.nonzero()[0].tolist()
         raise IndexError(f"target{place or ''} is {target[tuple(place)]}, not a class: 0 to {classes - 1}")
@@ -311,7 +310,7 @@ def _gradient(
         grad_output = grad_output.unsqueeze(axis)
     elif not _is_recorded() and isfinite(value := grad_output.item()):
         return gradient if value == 1 else gradient * value
-    if target.shape != input.shape:  # an ignored sample's 0 times an infinite or NaN gradient from above is 0
+    if not target.is_floating_point():  # an ignored sample's 0 times an infinite or NaN gradient from above is 0
         grad_output = torch.where((target.long() == options[0]).unsqueeze(axis), 0, grad_output)
     return gradient * grad_output
 
@@ -357,16 +356,7 @@ def _forward(
 
 
 def _outputs(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    grad_output: Tensor | None,
-    gradient: bool,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    strength: float,
-    statistics: bool,
+    input: Tensor, target: Tensor, weight: Tensor | None, gradient: bool, reduction: str, statistics: bool
 ) -> list[Tensor]:
     """Room for the loss, then for the gradient and for the three statistics, where they are asked for."""
     axis, dtype = _class_axis(input), _working_dtype(input, target, weight)
@@ -392,9 +382,7 @@ def _by_kernel(
     statistics: bool,
 ) -> list[Tensor]:
     """`_outputs`, written by the C kernel; the gradient is multiplied by `grad_output`."""
-    outputs = _outputs(
-        input, target, weight, grad_output, gradient, ignore_index, reduction, label_smoothing, strength, statistics
-    )
+    outputs = _outputs(input, target, weight, gradient, reduction, statistics)
     loss, axis, probabilities = outputs[0], _class_axis(input), target.is_floating_point()
     stats = [x.view(-1) for x in outputs[-3:]] if statistics else None
     options = (ignore_index, label_smoothing, strength)
@@ -424,7 +412,7 @@ def _by_kernel(
     if z.dtype == dtype:
         whole.scale_by(above, divisor, None if each is None else each.data_ptr())
         whole.keep += [each]
-        wrong = _in_threads(whole, n, k, torch.get_num_threads())
+        wrong = _in_threads(whole, torch.get_num_threads())
     else:
         block, wrong = max(1, _LOGITS_WORTH_A_THREAD * torch.get_num_threads() // k), -1
         for part in (slice(i, i + block) for i in range(0, n, block)):
@@ -433,7 +421,7 @@ def _by_kernel(
             job = _job(losses[part], g_part, z_part, y[part], probabilities, w, stats_part, len(z_part), k, 0, options)
             job.scale_by(above, divisor, None if each_part is None else each_part.data_ptr())
             job.keep += [each]
-            wrong = max(wrong, _in_threads(job, len(z_part), k, torch.get_num_threads()))
+            wrong = max(wrong, _in_threads(job, torch.get_num_threads()))
             if g is not None and g_part is not None:
                 g[part] = g_part
     if wrong >= 0:
@@ -493,7 +481,11 @@ def _integers(target: Tensor) -> Tensor:
 
 # One operation to compilers and other modes that record what runs.
 _registered = torch.library.custom_op("lace_loss::by_kernel", _by_kernel, mutates_args=(), device_types="cpu")
-_registered.register_fake(_outputs)
+_registered.register_fake(
+    lambda input, target, weight, _above, gradient, _ignored, reduction, _e, _s, statistics: _outputs(
+        input, target, weight, gradient, reduction, statistics
+    )
+)
 
 
 def _composite(
@@ -509,18 +501,16 @@ def _composite(
     z, e, classes = input.to(dtype), label_smoothing, input.shape[axis]
     w = z.new_ones(classes) if weight is None else weight.to(dtype)
     every_w = w.reshape(_along(axis, z))
-    if target.shape == input.shape:
+    if target.is_floating_point():
         losses = _loss_of_every_class(z, axis, strength, ((1 - e) * target + e / classes) * every_w).sum(axis)
         divisor: Tensor | int = losses.numel()
     else:
-        t, kept = target.long(), target.long() != ignore_index
-        exists = (t >= 0) & (t < classes)
-        t = t.masked_fill(~(kept & exists), 0)
+        t, kept, wrong = _looked_up(target, classes, ignore_index)
         z = z.masked_fill(~kept.unsqueeze(axis), 0)
         w_t = F.embedding(t, w.unsqueeze(1)).squeeze(-1).masked_fill(~kept, 0)  # w[t], also under vmap
         f = _loss_of_log_odds(_log_odds(z, t, axis), strength)
         # The sample of a class that does not exist gets NaN as a factor, for its gradient to be NaN, too.
-        losses = _weighted(((1 - e) * w_t).masked_fill(kept & ~exists, torch.nan), f)
+        losses = _weighted(((1 - e) * w_t).masked_fill(wrong, torch.nan), f)
         if e:
             losses = losses + _loss_of_every_class(z, axis, strength, e / classes * every_w).sum(axis)
         losses = losses.masked_fill(~kept, 0)
@@ -531,16 +521,23 @@ def _composite(
 
 
 def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    axis, z, t = _class_axis(input), input.to(_working_dtype(input, target, None)), target.long()
-    classes, kept = z.shape[axis], t != ignore_index
-    exists = (t >= 0) & (t < classes)
-    t = t.masked_fill(~(kept & exists), 0)
-    u = _log_odds(z, t, axis).masked_fill(~exists, torch.nan)
+    axis, z = _class_axis(input), input.to(_working_dtype(input, target, None))
+    classes = z.shape[axis]
+    t, kept, wrong = _looked_up(target, classes, ignore_index)
+    u = _log_odds(z, t, axis).masked_fill(wrong, torch.nan)
     t = t.unsqueeze(axis)
     z_t, j = z.gather(axis, t), torch.arange(classes, device=z.device).reshape(_along(axis, z))
     ahead = (j != t) & ~torch.where(j < t, z < z_t, z <= z_t)  # NaN counts as larger
-    n, q, rank = _loss_of_log_odds(u, 0.0), (-u).sigmoid(), ahead.sum(axis).masked_fill(~exists, classes)
+    n, q, rank = _loss_of_log_odds(u, 0.0), (-u).sigmoid(), ahead.sum(axis).masked_fill(wrong, classes)
     return n.masked_fill(~kept, 0), q.masked_fill(~kept, 0), rank.masked_fill(~kept, classes)
+
+
+def _looked_up(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Class indices that are safe to look up, which samples count, and which of those name no class."""
+    t = target.long()
+    kept = t != ignore_index
+    wrong = kept & ((t < 0) | (t >= classes))
+    return t.masked_fill(~kept | wrong, 0), kept, wrong
 
 
 def _log_odds(z: Tensor, t: Tensor, axis: int) -> Tensor:

@@ -120,7 +120,7 @@ def installed() -> Iterator[tuple[str, str, list[str], bool, Implementation | st
             "strength": 1.0,
         } | options
         if target.shape != input.shape:
-            lace.check_target(target, input.shape[min(1, input.dim() - 1)], given["ignore_index"])
+            lace.check_target(target, input.shape[lace._class_axis(input)], given["ignore_index"])
         return lace._composite(input, target, weight, **given).to(input.dtype)
 
     for dtype in ("f64", "f32", "f16", "bf16"):
