@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .config import DIGITS, Config, TrainError
 from .data import load
-from .loop import run
+from .loop import Run, train
 from .report import report
 
 
@@ -42,12 +42,14 @@ def seeds(text: str) -> list[int]:
 def parser() -> Parser:
     top = Parser("python -m lace_loss.train", description=__doc__)
     top.add_argument("--data", default="digits", help="digits (default), cifar100, or a folder with train/ and test/")
-    top.add_argument("--loss", default="both", choices=("ce", "lace", "both"), help="default both")
+    losses = ("ce", "lace", "focal", "both")
+    top.add_argument("--loss", default="both", choices=losses, help="both is ce and lace; default both")
     top.add_argument("--seeds", type=seeds, default=[0], help="such as 0-4, 0,2,5 or 3; default 0")
     top.add_argument("--out", type=Path, default="runs", help="folder of records, checkpoints and curves; default runs")
     top.add_argument("--root", default="data", help="where cifar100 lies or is downloaded to; default data")
     top.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default cuda if there is one")
     top.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default %(default)s")
+    top.add_argument("--max-seconds", type=float, default=math.inf, help="end after the last epoch that fits")
     recipe = top.add_argument_group("recipe", "defaults are the paper's, in brackets those of --data digits")
     for f in fields(Config):
         if f.name not in ("data", "loss", "seed"):
@@ -62,17 +64,17 @@ def parser() -> Parser:
     return top
 
 
-def train(args: argparse.Namespace, command: str) -> list[Path]:
+def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     """Every run that the flags ask for; the paths of their records."""
     given = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args and f.name not in ("data", "loss")}
     if "epochs" in given:
         given.setdefault("lr_step", math.ceil(given["epochs"] / 4))
     recipe = (DIGITS if args.data == "digits" else {}) | given
     losses = ("ce", "lace") if args.loss == "both" else (args.loss,)
-    # Cross entropy is strength 0, so its records serve beside LACE of every strength.
-    zero: dict[str, dict[str, Any]] = {"ce": {"strength": 0.0}, "lace": {}}
+    # The strength of LACE is no setting of the others, whose records serve beside LACE of every strength.
+    fixed: dict[str, dict[str, Any]] = {"ce": {"strength": 0.0}, "lace": {}, "focal": {"strength": 1.0}}
     name = Path(args.data).resolve().name
-    configs = [Config(name, loss, seed, **(recipe | zero[loss])) for seed in args.seeds for loss in losses]
+    configs = [Config(name, loss, seed, **(recipe | fixed[loss])) for seed in args.seeds for loss in losses]
     if args.threads < 1:
         raise TrainError(f"--threads must be at least 1, got {args.threads}")
     torch.set_num_threads(args.threads)
@@ -81,10 +83,12 @@ def train(args: argparse.Namespace, command: str) -> list[Path]:
     if args.device == "cuda" != device:
         raise TrainError("--device cuda: torch sees no CUDA device")
     args.out.mkdir(parents=True, exist_ok=True)
-    data = load(args.data, args.root, torch.device(device))
+    data = load(args.data, args.root, torch.device(device), configs[0].shrink, configs[0].subset)
     images = len(configs) * configs[0].epochs * len(data.images)
     with tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
-        return [run(config, data, args.out, command, bar) for config in configs]
+        runs = [Run(config, data, args.out, command, bar) for config in configs]
+        train(runs, args.max_seconds)
+    return [run.record_path for run in runs if run.record_path.exists()]
 
 
 def main(arguments: list[str]) -> int:
@@ -95,7 +99,7 @@ def main(arguments: list[str]) -> int:
         if args.command == "report":
             report(args.records, args.json)
         else:
-            report(train(args, command))
+            report(experiment(args, command))
     except (TrainError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -18,7 +18,7 @@ class Config:
     """One run. The values are the paper's recipe for CIFAR-100; `DIGITS` lists what the small data set changes."""
 
     data: str = setting("cifar100", "digits, cifar100, or the name of an image folder")
-    loss: str = setting("lace", "ce or lace")
+    loss: str = setting("lace", "ce, lace, or focal: torch's (1 - exp(-ce)) * ce, to see whether numerics matter")
     seed: int = setting(0, "of the initial weights, the order of the images, crops and flips")
     width: int = setting(64, "channels of the first stage")
     strength: float = setting(1.0, "strength of LACE: 1 is the paper's, 0 is cross entropy")
@@ -31,6 +31,10 @@ class Config:
     weight_decay: float = setting(5e-4, "of SGD, on every parameter")
     pad: int = setting(4, "pixels of zeros around an image before the random crop")
     flip: bool = setting(True, "mirror every other image at random")
+    precision: str = setting("float32", "float32, or bfloat16 for all but weights, batch statistics, head and loss")
+    shrink: int = setting(1, "side of the blocks of pixels that are replaced by their mean")
+    subset: int = setting(0, "train on so many images, as many of every class, and test on the rest too; 0 is all")
+    test_every: int = setting(1, "epochs between tests; the last epoch is always tested")
 
     def __post_init__(self) -> None:
         for name in ("lr", "lr_drop", "momentum", "weight_decay"):
@@ -38,11 +42,12 @@ class Config:
                 raise TrainError(f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(self, name)}")
         if self.batch == 1:
             raise TrainError("--batch must be at least 2: batch normalisation needs two images")
-        for name in ("width", "epochs", "batch", "lr_step"):
-            if getattr(self, name) < 1:
-                raise TrainError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.pad < 0:
-            raise TrainError(f"--pad must be at least 0, got {self.pad}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise TrainError(f"--precision must be float32 or bfloat16, got {self.precision!r}")
+        for names, least in (("width epochs batch lr_step shrink test_every", 1), ("pad subset", 0)):
+            for name in names.split():
+                if getattr(self, name) < least:
+                    raise TrainError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.strength <= 1:
             raise TrainError(f"--strength must be in [0, 1], got {self.strength}")
 

@@ -19,15 +19,20 @@ from .config import TrainError
 
 @dataclass(frozen=True)
 class Data:
-    """Images (N, C, H, W) uint8, labels (N,) int64 in [0, classes), mean (C, H, W) float32 in [0, 1]."""
+    """Images (N, C, H, W) uint8 and labels (N,) int64 in [0, classes) of three sets, mean (C, H, W) float32 in [0, 1].
+
+    `unused` holds the training images that a subset leaves out; it is empty where all are trained on.
+    """
 
     name: str
     classes: int
-    sha256: str  # of the four tensors' bytes
+    sha256: str  # of the six tensors' bytes, mean apart
     images: Tensor
     labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    unused_images: Tensor
+    unused_labels: Tensor
     mean: Tensor
 
 
@@ -61,10 +66,11 @@ def draws(seed: int, epoch: int, n: int, pad: int) -> tuple[Tensor, Tensor, Tens
     return torch.from_numpy(order), torch.from_numpy(offsets), torch.from_numpy(flips)
 
 
-def load(data: str, root: str, device: torch.device) -> Data:
+def load(data: str, root: str, device: torch.device, shrink: int = 1, subset: int = 0) -> Data:
     """`digits`, `cifar100` (below `root`, downloaded when missing), or a folder with train/ and test/.
 
-    Raises TrainError for a folder that is missing or not laid out so, images of several sizes, a failed download.
+    Raises TrainError for a folder that is missing or not laid out so, images of several sizes, a failed download, and
+    images that cannot be shrunk or chosen as asked.
     """
     if data == "digits":
         arrays, classes = digits(), 10
@@ -72,6 +78,10 @@ def load(data: str, root: str, device: torch.device) -> Data:
         arrays, classes = cifar100(root), 100
     else:
         arrays, classes = folder(Path(data))
+    images, labels, test_images, test_labels = arrays
+    images, test_images = block_means(images, shrink), block_means(test_images, shrink)
+    chosen = balanced(labels, subset)
+    arrays = [images[chosen], labels[chosen], test_images, test_labels, images[~chosen], labels[~chosen]]
     arrays = [np.ascontiguousarray(array) for array in arrays]
     digest = hashlib.sha256()
     for array in arrays:
@@ -79,6 +89,29 @@ def load(data: str, root: str, device: torch.device) -> Data:
     mean = (arrays[0].mean(0, dtype=np.float64) / 255).astype(np.float32)
     tensors = [torch.from_numpy(array).to(device) for array in (*arrays, mean)]
     return Data(Path(data).resolve().name, classes, digest.hexdigest(), *tensors)
+
+
+def block_means(images: np.ndarray, side: int) -> np.ndarray:
+    """Every block of side x side pixels replaced by its mean, rounded to uint8."""
+    if side == 1:
+        return images
+    n, channels, height, width = images.shape
+    if height % side or width % side:
+        raise TrainError(f"--shrink {side} does not divide images of {width}x{height} pixels")
+    blocks = images.reshape(n, channels, height // side, side, width // side, side)
+    return np.rint(blocks.mean((3, 5), dtype=np.float32)).astype(np.uint8)
+
+
+def balanced(labels: np.ndarray, subset: int) -> np.ndarray:
+    """Which samples (N,) bool the subset holds: the first of every class, then the second of every class, and so on."""
+    if subset > len(labels):
+        raise TrainError(f"--subset {subset} is more than the {len(labels)} training images")
+    by_class, counts = np.argsort(labels, kind="stable"), np.bincount(labels)
+    place = np.empty_like(by_class)  # of each sample in its class
+    place[by_class] = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
+    chosen = np.zeros(len(labels), bool)
+    chosen[np.argsort(place, kind="stable")[: subset or None]] = True
+    return chosen
 
 
 Arrays = list[np.ndarray]  # images and labels for training, then for testing
@@ -118,8 +151,9 @@ def folder(path: Path) -> tuple[Arrays, int]:
         except FileNotFoundError as error:
             raise TrainError(f"{path / split} must hold a folder of images for every class: {error}") from error
     train, test = parts
-    if unknown := sorted(set(test.classes) - set(train.classes)):
-        raise TrainError(f"{path / 'test'} has classes that train/ lacks: {', '.join(unknown)}")
+    for having, lacking in ((test, train), (train, test)):
+        if missing := sorted(set(having.classes) - set(lacking.classes)):
+            raise TrainError(f"{having.root} has classes that {lacking.root} lacks: {', '.join(missing)}")
     samples = [(file, train.class_to_idx[part.classes[label]]) for part in parts for file, label in part.samples]
     pixels: list[np.ndarray] = []
     for file, _ in tqdm(samples, desc=f"reading {path.name}", unit=" images", disable=None):

@@ -1,11 +1,13 @@
 """What a run leaves on disk: its record and its checkpoint, both written whole or not at all.
 
 A record is a JSON Lines file: the header (settings, versions, data, device), a line an epoch, and once the run is
-finished a last line with `"final": true` and the last epoch's figures. Errors are in percent. The training loss is the
-run's own loss on augmented images, so that of one loss does not compare with that of the other; `test_nll` does.
+finished a last line with `"final": true`, the last epoch's figures, and under `sets` the figures of the test images,
+of the training images (without augmentation) and of the unused ones. Errors are in percent, `nll` is the mean negative
+log-likelihood in nats, the gradient's norm the mean over the steps. The training loss is the run's own on augmented
+images, so that of one loss does not compare with that of another; `nll` does.
 
 A checkpoint is the SHA-256 of what follows, in hexadecimal, a line feed, and a `torch.save`d dict: header, log (the
-record's epochs), model, optimizer. The generation before stays beside it until the run is finished.
+record's epochs), model, momentum. The generation before stays beside it until the run is finished.
 """
 
 import hashlib
@@ -27,7 +29,8 @@ from .data import Data
 
 Record = dict[str, Any]
 
-FIGURES = ("train_loss", "train_top1_error", "top1_error", "top5_error", "test_nll")
+TRAINED = ("train_loss", "train_top1_error", "grad_norm")  # of every epoch
+FIGURES = (*TRAINED, "top1_error", "top5_error", "nll", "calibration_error")  # of tested ones, and of the run
 # What must not change within a run. The commit may: one that edits the README must not strand a long run.
 IDENTITY = (*(f.name for f in fields(Config)), "data_sha256", "device", "threads")
 
@@ -38,6 +41,7 @@ def describe(config: Config, data: Data, command: str) -> Record:
     return asdict(config) | {
         "train_images": len(data.images),
         "test_images": len(data.test_images),
+        "unused_images": len(data.unused_images),
         "classes": data.classes,
         "data_sha256": data.sha256,
         "device": torch.cuda.get_device_name() if data.images.is_cuda else cpu,
@@ -102,13 +106,14 @@ def read_record(path: Path) -> Record:
             lines.append(json.loads(text))
         except json.JSONDecodeError as error:
             raise TrainError(f"{path}, line {number}: not JSON, perhaps cut short") from error
-        required = IDENTITY if number == 1 else FIGURES
+        final = isinstance(lines[-1], dict) and "final" in lines[-1]
+        required = IDENTITY if number == 1 else (*FIGURES, "sets") if final else TRAINED
         if not isinstance(lines[-1], dict) or (missing := [key for key in required if key not in lines[-1]]):
             lacks = f": it lacks {', '.join(missing)}" if isinstance(lines[-1], dict) else ""
             raise TrainError(f"{path}, line {number}: not a line of a record{lacks}")
     header, *log = lines
-    final = log.pop() if log and "final" in log[-1] else {}
-    return header | final | {"epochs_log": log}
+    last = log.pop() if log and "final" in log[-1] else {}
+    return header | last | {"epochs_log": log}
 
 
 def previous(path: Path) -> Path:
