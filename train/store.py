@@ -62,10 +62,11 @@ def version(package: str) -> str:
 
 def commit() -> str | None:
     """Commit of this checkout, "-dirty" appended where files differ from it; None for an installed copy."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    here = Path(__file__).resolve()  # an editable install links to the checkout
+    git = ["git", "-C", str(here.parent)]
     try:
         # An installed copy may lie inside another project's checkout: ask whether this file is tracked.
-        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, capture_output=True)
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
         described = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(described, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
