@@ -6,6 +6,7 @@ experiment. A run that was stopped goes on from its last epoch when the same com
 
 import argparse
 import math
+import os
 import re
 import shlex
 import sys
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from .config import DIGITS, Config, TrainError
 from .data import load
-from .loop import Run, train
+from .loop import Run, is_another_process, train
 from .report import report
 
 
@@ -49,6 +51,10 @@ def parser() -> Parser:
     top.add_argument("--root", default="data", help="where cifar100 lies or is downloaded to; default data")
     top.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default cuda if there is one")
     top.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default %(default)s")
+    top.add_argument(
+        "--mode", choices=("graph", "eager"), help="whole steps as CUDA graphs; default where there is a GPU"
+    )
+    top.add_argument("--replicas", type=int, help="runs side by side on one GPU, in --mode graph; default 4 there")
     top.add_argument("--max-seconds", type=float, default=math.inf, help="end after the last epoch that fits")
     recipe = top.add_argument_group("recipe", "defaults are the paper's, in brackets those of --data digits")
     for f in fields(Config):
@@ -64,30 +70,57 @@ def parser() -> Parser:
     return top
 
 
+def machine(args: argparse.Namespace) -> tuple[torch.device, bool]:
+    """The device, and whether steps run as graphs on it; joins the other processes where torchrun started them."""
+    for option in ("threads", "replicas"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise TrainError(f"--{option} must be at least 1, got {getattr(args, option)}")
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.deterministic = True
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    kind = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    if args.device == "cuda" != kind:
+        raise TrainError("--device cuda: torch sees no CUDA device")
+    processes = dist.is_torchelastic_launched()
+    graph = args.mode == "graph" or (args.mode is None and kind == "cuda" and not processes)
+    if graph and kind == "cpu":
+        raise TrainError("--mode graph needs a CUDA device, and torch sees none or --device is cpu")
+    if graph and processes:
+        raise TrainError("--mode graph is of one process, and torchrun started several")
+    if not graph and (args.replicas or 1) > 1:
+        raise TrainError(f"--replicas {args.replicas} needs --mode graph: eager steps do not run side by side")
+    if processes:
+        if kind == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return torch.device(kind), graph
+
+
 def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     """Every run that the flags ask for; the paths of their records."""
     given = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args and f.name not in ("data", "loss")}
     if "epochs" in given:
         given.setdefault("lr_step", math.ceil(given["epochs"] / 4))
+    device, graph = machine(args)
+    if device.type == "cuda":
+        given.setdefault("precision", "bfloat16")
     recipe = (DIGITS if args.data == "digits" else {}) | given
     losses = ("ce", "lace") if args.loss == "both" else (args.loss,)
     # The strength of LACE is no setting of the others, whose records serve beside LACE of every strength.
     fixed: dict[str, dict[str, Any]] = {"ce": {"strength": 0.0}, "lace": {}, "focal": {"strength": 1.0}}
     name = Path(args.data).resolve().name
     configs = [Config(name, loss, seed, **(recipe | fixed[loss])) for seed in args.seeds for loss in losses]
-    if args.threads < 1:
-        raise TrainError(f"--threads must be at least 1, got {args.threads}")
-    torch.set_num_threads(args.threads)
-    torch.backends.cudnn.deterministic = True
-    device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
-    if args.device == "cuda" != device:
-        raise TrainError("--device cuda: torch sees no CUDA device")
     args.out.mkdir(parents=True, exist_ok=True)
-    data = load(args.data, args.root, torch.device(device), configs[0].shrink, configs[0].subset)
+    data = load(args.data, args.root, device, configs[0].shrink, configs[0].subset)
+    if graph and len(data.images) % configs[0].batch:
+        raise TrainError(f"--mode graph: --batch {configs[0].batch} does not divide {len(data.images)} images")
     images = len(configs) * configs[0].epochs * len(data.images)
-    with tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
+    hidden = True if is_another_process() else None
+    with tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=hidden) as bar:
         runs = [Run(config, data, args.out, command, bar) for config in configs]
-        train(runs, args.max_seconds)
+        if dist.is_initialized():
+            dist.barrier()  # all have looked at the records, which the first now writes
+        train(runs, graph, args.replicas or (4 if graph else 1), args.max_seconds)
     return [run.record_path for run in runs if run.record_path.exists()]
 
 
@@ -99,13 +132,18 @@ def main(arguments: list[str]) -> int:
         if args.command == "report":
             report(args.records, args.json)
         else:
-            report(experiment(args, command))
+            records = experiment(args, command)
+            if not is_another_process():
+                report(records)
     except (TrainError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from the last finished epoch: {command}", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

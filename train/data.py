@@ -37,7 +37,7 @@ class Data:
 
 
 def normalised(images: Tensor, mean: Tensor) -> Tensor:
-    return images.float().div_(255).sub_(mean)
+    return images.to(torch.float32, copy=True).div_(255).sub_(mean)
 
 
 def crop(images: Tensor, offsets: Tensor, pad: int) -> Tensor:

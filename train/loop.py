@@ -4,7 +4,7 @@ Everything random is a function of seed and epoch and the learning rate one of t
 optimizer's momentum and the log of the epochs before are all that a run needs to go on.
 """
 
-import math
+import copy
 import sys
 import time
 from pathlib import Path
@@ -12,8 +12,10 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
@@ -24,6 +26,7 @@ from .data import Data, crop, draws, flip, normalised
 from .model import ResNet18
 from .store import (
     FIGURES,
+    TESTED,
     Record,
     describe,
     load_checkpoint,
@@ -38,15 +41,21 @@ SAVING_SHARE = 0.02  # of the time, at most, goes into checkpoints
 
 
 class Replica:
-    """A model in training. What a step reads and writes stays where it is, so that a CUDA graph can replay the step."""
+    """A model in training. What a step reads and writes stays where it is, so that a CUDA graph can replay the step.
+
+    Under torchrun every process holds a replica and takes its share of each batch.
+    """
 
     def __init__(self, config: Config, data: Data) -> None:
         device, n = data.images.device, len(data.images)
         self.config, self.data = config, data
         torch.manual_seed(config.seed)
-        # channels_last: 1.3 to 1.4 times the images/s on CPU at width 16.
-        model = ResNet18(config.width, data.classes, data.images.shape[1])
-        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.model = ResNet18(config.width, data.classes, data.images.shape[1]).to(device)
+        # 1.3 to 1.4 times the images/s on CPU at width 16. With fewer channels than its blocks have (8 with AVX2, 16
+        # with AVX-512) oneDNN corrupts the heap in the backward of a strided 1x1 convolution: uxlfoundation/oneDNN#6035.
+        if config.width >= 16:
+            self.model.to(memory_format=torch.channels_last)
+        self.forward: nn.Module = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
         self.lr = torch.zeros((), device=device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), self.lr, config.momentum, weight_decay=config.weight_decay, fused=True
@@ -56,9 +65,10 @@ class Replica:
         for p, buffer in zip(self.model.parameters(), self.momentum, strict=True):
             self.optimizer.state[p]["momentum_buffer"] = buffer
         self.order, self.offsets, self.flips = (values.to(device) for values in draws(config.seed, 0, n, config.pad))
-        steps = math.ceil(n / config.batch)
-        self.losses, self.grad_norms = torch.zeros(steps, device=device), torch.zeros(steps, device=device)
+        self.batches = torch.split(torch.arange(n, device=device), config.batch)
+        self.losses, self.grad_norms = torch.zeros(2, len(self.batches), device=device)
         self.ranks = torch.zeros(n, dtype=torch.int64, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def state(self) -> Record:
         return {"model": self.model.state_dict(), "momentum": self.momentum}
@@ -76,35 +86,80 @@ class Replica:
         drawn = draws(config.seed, epoch, len(self.order), config.pad)
         for buffer, values in zip((self.order, self.offsets, self.flips), drawn, strict=True):
             buffer.copy_(values)
+        self.ranks.zero_()
+        self.model.train()
+        if self.graph:
+            self.places.copy_(self.batches[0])
+            self.stream.wait_stream(torch.cuda.current_stream())
         return lr
+
+    def advance(self, i: int) -> None:
+        """Step i of the epoch; those of a graph follow each other."""
+        if self.graph:
+            with torch.cuda.stream(self.stream):
+                self.graph.replay()
+        else:
+            self.step(self.batches[i])
+
+    def end(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the epoch: the losses and the gradient's norms of the steps, the ranks of the images."""
+        if self.graph:
+            torch.cuda.current_stream().wait_stream(self.stream)
+        if dist.is_initialized():
+            dist.all_reduce(self.losses)
+            self.losses /= dist.get_world_size()
+            dist.all_reduce(self.ranks)
+        return self.losses.double(), self.grad_norms.double(), self.ranks
+
+    def capture(self) -> None:
+        """Make a graph of the step, on a stream of its own, so that replicas run side by side."""
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.places = self.batches[0].clone()
+        before = copy.deepcopy(self.state())
+        self.begin(0)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # libraries choose and allocate outside of the graph
+            for _ in range(3):
+                self.step(self.places)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.restore(before)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.step(self.places)
+            self.places += self.config.batch
+        self.graph = graph
 
     def step(self, places: Tensor) -> None:
         """Train on the images at these places of the epoch's order; nothing is read back from the device."""
         config, data = self.config, self.data
+        step, count = places[:1] // config.batch, float(len(places))
+        if dist.is_initialized():  # DistributedDataParallel averages the gradients of the processes
+            count /= dist.get_world_size()
+            places = places.tensor_split(dist.get_world_size())[dist.get_rank()]
         index = self.order[places]
         labels = data.labels[index]
         images = crop(normalised(data.images[index], data.mean), self.offsets[places], config.pad)
         if config.flip:
             images = flip(images, self.flips[places])
         with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            logits = self.model(images)
-        loss, found = lace_loss(logits, labels, strength=config.strength, statistics=True)
+            logits = self.forward(images)
+        loss, found = lace_loss(logits, labels, strength=config.strength, normalizer=count, statistics=True)
         if config.loss == "focal":
             ce = F.cross_entropy(logits, labels, reduction="none")
-            loss = ((1 - torch.exp(-ce)) * ce).mean()
+            loss = ((1 - torch.exp(-ce)) * ce).sum() / count
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        step = places[:1] // config.batch
         self.losses[step] = loss.detach()
         self.grad_norms[step] = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.ranks[places] = found["rank"]
 
 
 class Run:
-    """One configuration's training and its files.
+    """One configuration's training and its files, which only the first of several processes writes.
 
-    Raises TrainError where files in `out` belong to another run, or no checkpoint is whole.
+    Raises TrainError where files in `out` belong to another run, no checkpoint is whole, or the loss is not finite.
     """
 
     def __init__(self, config: Config, data: Data, out: Path, command: str, bar: "tqdm[NoReturn]") -> None:
@@ -113,17 +168,17 @@ class Run:
         self.config, self.data, self.bar = config, data, bar
         self.record_path, self.checkpoint_path = out / f"{self.name}.jsonl", out / f"{self.name}.checkpoint"
         self.header, self.log = describe(config, data, command), list[Record]()
+        self.finished = False
         n = len(data.images)
+        if n % config.batch == 1:
+            raise TrainError(f"batch normalisation needs two images: {n} in batches of {config.batch} leave one over")
         if self.record_path.exists():
             record = read_record(self.record_path)
             refuse_other(self.record_path, record, self.header)
             if "final" in record:
-                self.log = record["epochs_log"]
+                self.finished = True
                 bar.write(f"{self.name}: already finished", file=sys.stderr)
                 bar.total = (bar.total or 0) - config.epochs * n
-        if n % config.batch == 1:
-            raise TrainError(f"batch normalisation needs two images: {n} in batches of {config.batch} leave one over")
-        self.finished = bool(self.log)
 
     def load(self) -> None:
         """The model, from the last checkpoint if there is one."""
@@ -134,58 +189,56 @@ class Run:
             self.replica.restore(state)
             self.bar.write(f"{self.name}: resumed after epoch {len(self.log)}", file=sys.stderr)
             self.bar.total = (self.bar.total or 0) - len(self.log) * len(self.data.images)
-        write_record(self.record_path, self.header, self.log)
+        if not is_another_process():
+            write_record(self.record_path, self.header, self.log)
         self.saved_at, self.saving = time.perf_counter(), 0.0
 
-    def epoch(self) -> None:
-        """Train for an epoch, test if it is due, and save.
+    def begin(self) -> None:
+        self.bar.set_description(f"{self.name} epoch {len(self.log) + 1}/{self.config.epochs}")
+        self.start = time.perf_counter()
+        self.lr = self.replica.begin(len(self.log))
 
-        Raises TrainError where the loss is not finite.
-        """
-        config, replica, epoch, n = self.config, self.replica, len(self.log), len(self.data.images)
-        start = time.perf_counter()
-        self.bar.set_description(f"{self.name} epoch {epoch + 1}/{config.epochs}")
-        lr = replica.begin(epoch)
-        replica.model.train()
-        for places in torch.split(torch.arange(n, device=replica.order.device), config.batch):
-            replica.step(places)
-            self.bar.update(len(places))
-        losses, norms = replica.losses.double(), replica.grad_norms.double()
+    def end(self) -> None:
+        """Log the epoch, test if it is due, and save."""
+        config, epoch, n = self.config, len(self.log), len(self.data.images)
+        losses, norms, ranks = self.replica.end()
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             raise TrainError(
                 f"{self.name}: the loss is {losses[bad[0]].item()} in epoch {epoch + 1}, step {bad[0].item() + 1} of"
                 f" {len(losses)}; the last checkpoint is kept"
             )
-        sizes = torch.full_like(losses, config.batch)
-        sizes[-1] = n - config.batch * (len(losses) - 1)
+        sizes = losses.new_tensor([len(places) for places in self.replica.batches])
         row = {
             "epoch": epoch,
-            "lr": lr,
+            "lr": self.lr,
             "train_loss": (losses @ sizes).item() / n,
-            "train_top1_error": percent(replica.ranks >= 1),
+            "train_top1_error": 100 * (ranks >= 1).sum().item() / n,
             "grad_norm": norms.mean().item(),
         }
-        train_seconds = time.perf_counter() - start
+        speed = n / (time.perf_counter() - self.start)
         last = epoch + 1 == config.epochs
-        tested = last or (epoch + 1) % config.test_every == 0
-        if tested:
-            found = evaluate(replica.model, self.data.test_images, self.data.test_labels, self.data.mean)
-            row |= {key: found[key] for key in FIGURES if key in found}
-        seconds = time.perf_counter() - start
-        self.log.append(row | {"seconds": seconds, "images_per_second": n / train_seconds})
+        tested: Record = {}
+        if last or (epoch + 1) % config.test_every == 0:
+            tested = evaluate(self.replica.model, self.data.test_images, self.data.test_labels, self.data.mean)
+            row |= {key: tested[key] for key in TESTED}
+        self.log.append(row | {"seconds": time.perf_counter() - self.start, "images_per_second": speed})
         if last:
-            self.finish(found)
+            self.finish(tested)
         elif time.perf_counter() - self.saved_at >= self.saving / SAVING_SHARE:
             self.save()
+        if is_another_process():
+            return
         errors = f", test error {row['top1_error']:.2f} % top-1, {row['top5_error']:.2f} % top-5" if tested else ""
         self.bar.write(
             f"{self.name} epoch {epoch + 1}/{config.epochs}: train loss {row['train_loss']:.4g}{errors},"
-            f" {n / train_seconds:.0f} images/s",
+            f" {speed:.0f} images/s",
             file=sys.stderr,
         )
 
     def save(self) -> None:
+        if is_another_process():
+            return
         start = time.perf_counter()
         save_checkpoint(self.checkpoint_path, {"header": self.header, "log": self.log, **self.replica.state()})
         write_record(self.record_path, self.header, self.log)
@@ -194,6 +247,9 @@ class Run:
 
     def finish(self, tested: Record) -> None:
         """The last checkpoint, and the record's last line: the last epoch's figures, and those of every set."""
+        self.finished = True
+        if is_another_process():
+            return
         data, model = self.data, self.replica.model
         sets = {"test": tested, "train": evaluate(model, data.images, data.labels, data.mean)}
         if len(data.unused_images):
@@ -203,24 +259,66 @@ class Run:
         final = {"final": True, **{key: self.log[-1][key] for key in FIGURES}, "sets": sets, "seconds": seconds}
         write_record(self.record_path, self.header, self.log, final)
         previous(self.checkpoint_path).unlink(missing_ok=True)
-        self.finished = True
 
 
-def train(runs: list[Run], max_seconds: float) -> None:
-    """Train what is not finished; no epoch is begun that would probably end after `max_seconds`."""
-    began, longest = time.perf_counter(), 0.0
-    for run in runs:
-        if run.finished:
-            continue
-        run.load()
-        while not run.finished:
-            start = time.perf_counter()
-            if start - began + longest > max_seconds:
-                run.save()
-                run.bar.write(f"stopped by --max-seconds {max_seconds:g}: the same command goes on", file=sys.stderr)
-                return
-            run.epoch()
-            longest = max(longest, time.perf_counter() - start)
+def train(runs: list[Run], graph: bool, replicas: int, max_seconds: float) -> None:
+    """Train what is not finished, `replicas` at a time; no epoch is begun that is likely to end after `max_seconds`.
+
+    Raises TrainError after the others are done where a run's loss was not finite.
+    """
+    deadline, longest, failures = time.perf_counter() + max_seconds, 0.0, list[str]()
+    waiting = [run for run in runs if not run.finished]
+    while waiting:
+        wave, waiting, ready = waiting[:replicas], waiting[replicas:], 0
+        try:
+            for run in wave:
+                run.load()
+                if graph:
+                    run.replica.capture()
+                ready += 1
+            while wave:
+                start = time.perf_counter()
+                if too_late(start + longest - deadline):
+                    for run in wave:
+                        run.save()
+                    wave[0].bar.write(f"stopped by --max-seconds {max_seconds:g}: the same command goes on", sys.stderr)
+                    return
+                for run in wave:
+                    run.begin()
+                for i in range(max(len(run.replica.batches) for run in wave)):
+                    for run in wave:
+                        run.replica.advance(i)
+                        run.bar.update(len(run.replica.batches[i]))
+                for run in wave:
+                    try:
+                        run.end()
+                    except TrainError as error:
+                        failures.append(str(error))
+                        run.finished = True
+                wave = [run for run in wave if not run.finished]
+                longest = max(longest, time.perf_counter() - start)
+        except torch.OutOfMemoryError as error:
+            fit = (
+                f"--replicas {ready} may fit"
+                if ready
+                else "not even one replica fits: use a smaller --width or --batch"
+            )
+            raise TrainError(f"out of memory with {replicas} replicas, {fit}; checkpoints are kept: {error}") from error
+    if failures:
+        raise TrainError("; ".join(failures))
+
+
+def is_another_process() -> bool:
+    """Whether torchrun started this process beside the first one, which writes the files and speaks to the user."""
+    return dist.is_initialized() and dist.get_rank() > 0
+
+
+def too_late(seconds: float) -> bool:
+    """Whether `seconds` is above 0 in any process."""
+    late = torch.tensor(seconds > 0, dtype=torch.int)
+    if dist.is_initialized():
+        dist.all_reduce(late)
+    return bool(late)
 
 
 @torch.inference_mode()
@@ -254,7 +352,3 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, mean: Tensor) -> 
         "confidence": (sums[0] / np.maximum(count, 1)).tolist(),
         "accuracy": (sums[1] / np.maximum(count, 1)).tolist(),
     }
-
-
-def percent(wrong: Tensor) -> float:
-    return 100 * wrong.sum().item() / len(wrong)

@@ -1,13 +1,49 @@
 """ResNet-18 for small images: a 3x3 stem without pooling, four stages of two blocks, widths w, 2w, 4w, 8w."""
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class SumOfProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    backward = forward  # every process's loss depends on the sum
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Over the batches of all processes, where there are several, as if they were one.
+
+    torch's own SyncBatchNorm does not run on a CPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        x32, along = x.float(), (1, -1, 1, 1)
+        count = x32.new_tensor(x32.numel() // x32.shape[1])
+        dist.all_reduce(count)
+        mean = SumOfProcesses.apply(x32.sum((0, 2, 3))) / count
+        centred = x32 - mean.view(along)
+        variance = SumOfProcesses.apply((centred * centred).sum((0, 2, 3))) / count
+        with torch.no_grad():
+            assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale.view(along) + self.bias.view(along)).to(x.dtype)
+
+
 def conv(channels_in: int, channels: int, size: int, stride: int = 1) -> nn.Sequential:
     """Convolution and batch normalisation, which makes a bias useless."""
-    norm = nn.BatchNorm2d(channels)
+    norm = BatchNorm(channels)
     norm.num_batches_tracked = None  # only a momentum of None reads it; 20 kernels a step
     return nn.Sequential(nn.Conv2d(channels_in, channels, size, stride, padding=size // 2, bias=False), norm)
 

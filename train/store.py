@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.backends.cpu import get_cpu_capability as cpu_capability
 
 from .config import Config, TrainError
 from .data import Data
@@ -30,21 +32,23 @@ from .data import Data
 Record = dict[str, Any]
 
 TRAINED = ("train_loss", "train_top1_error", "grad_norm")  # of every epoch
-FIGURES = (*TRAINED, "top1_error", "top5_error", "nll", "calibration_error")  # of tested ones, and of the run
+TESTED = ("top1_error", "top5_error", "nll", "calibration_error")  # of those with a test
+FIGURES = (*TRAINED, *TESTED)  # of a finished run
 # What must not change within a run. The commit may: one that edits the README must not strand a long run.
 IDENTITY = (*(f.name for f in fields(Config)), "data_sha256", "device", "threads")
 
 
 def describe(config: Config, data: Data, command: str) -> Record:
     """The header of a record."""
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    device = torch.cuda.get_device_name() if data.images.is_cuda else f"{platform.machine()} {cpu_capability()}"
+    processes = f"{dist.get_world_size()} processes, " if dist.is_initialized() else ""
     return asdict(config) | {
         "train_images": len(data.images),
         "test_images": len(data.test_images),
         "unused_images": len(data.unused_images),
         "classes": data.classes,
         "data_sha256": data.sha256,
-        "device": torch.cuda.get_device_name() if data.images.is_cuda else cpu,
+        "device": processes + device,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "numpy", "lace-loss")},
