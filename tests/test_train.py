@@ -3,13 +3,15 @@
 import hashlib
 import json
 import math
+import multiprocessing
 import os
-import signal
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +20,16 @@ for needed in ("torch", "sklearn", "scipy", "matplotlib", "torchvision", "tqdm")
     pytest.importorskip(needed)
 
 import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from lace_loss.train import loop  # noqa: E402
 from lace_loss.train.__main__ import main, seeds  # noqa: E402
-from lace_loss.train.config import Config  # noqa: E402
-from lace_loss.train.data import crop, draws, flip, load, normalised  # noqa: E402
+from lace_loss.train.attack import EPSILON, STEP, adversarial  # noqa: E402
+from lace_loss.train.config import Config, TrainError  # noqa: E402
+from lace_loss.train.data import balanced, block_means, crop, draws, flip, load, normalised  # noqa: E402
 from lace_loss.train.model import ResNet18  # noqa: E402
 from lace_loss.train.report import difference, report, statistics  # noqa: E402
-from lace_loss.train.store import FIGURES, Record, load_checkpoint, previous, read_record, save_checkpoint  # noqa: E402
+from lace_loss.train.store import FIGURES, TESTED, Record, load_checkpoint, previous, read_record, save_checkpoint  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = ["--epochs", "3", "--width", "1", "--device", "cpu", "--threads", "1"]
@@ -42,9 +46,9 @@ def figures(record: Path) -> list[Record]:
 
 
 def weights(out: Path) -> dict[str, bytes]:
-    state = load_checkpoint(next(out.glob("*.checkpoint")), CPU)
+    state = load_checkpoint(next(out.glob("*.jsonl")).with_suffix(".checkpoint"), CPU)
     assert state is not None
-    momentum = {str(k): v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()}
+    momentum = {str(k): v for k, v in enumerate(state["momentum"])}
     return {name: tensor.numpy().tobytes() for name, tensor in (state["model"] | momentum).items()}
 
 
@@ -145,28 +149,48 @@ def test_digits_are_the_1797_of_scikit_learn_every_fifth_for_testing() -> None:
 def test_image_folder_gives_the_files_pixels_with_the_classes_of_train(tmp_path: Path) -> None:
     from PIL import Image
 
-    for split, name in (("train", "ant"), ("train", "bee"), ("train", "cat"), ("test", "cat")):
-        images(tmp_path / split / name)
+    for split in ("train", "test"):
+        for name in ("ant", "bee", "cat"):
+            images(tmp_path / split / name, n=3 if split == "train" else 1)
     found = load(str(tmp_path), "unused", CPU)
     assert (found.name, found.classes, found.labels.tolist()) == (tmp_path.name, 3, [0, 0, 0, 1, 1, 1, 2, 2, 2])
-    assert found.test_labels.tolist() == [2, 2, 2]
+    assert found.test_labels.tolist() == [0, 1, 2]
     bee = np.asarray(Image.open(tmp_path / "train" / "bee" / "1.png"))
     assert np.array_equal(found.images[4].permute(1, 2, 0), bee)
 
 
+def test_shrinking_replaces_blocks_of_pixels_by_their_mean() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 6), dtype=np.uint8)
+    small = block_means(pixels, 2)
+    assert small.shape == (5, 3, 2, 3)
+    assert small[4, 2, 1, 2] == np.rint(pixels[4, 2, 2:, 4:].mean())
+    assert np.abs(small.mean((2, 3)) - pixels.mean((2, 3))).max() <= 0.5
+    with pytest.raises(TrainError, match="--shrink 3 does not divide images of 4x4 pixels"):
+        block_means(pixels[..., :4], 3)
+
+
+def test_a_subset_holds_as_many_of_every_class_and_the_rest_is_unused() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [10, 20, 30]))
+    chosen = balanced(labels, 24)
+    assert np.bincount(labels[chosen]).tolist() == [8, 8, 8]
+    assert all(chosen[labels == c].nonzero()[0].tolist() == list(range(8)) for c in range(3))
+    assert balanced(labels, 0).all()
+    with pytest.raises(TrainError, match="--subset 61 is more than the 60 training images"):
+        balanced(labels, 61)
+    whole, part = load("digits", "unused", CPU), load("digits", "unused", CPU, subset=1000)
+    assert (len(part.images), len(part.unused_images)) == (1000, 437)
+    assert whole.sha256 != part.sha256
+    assert torch.equal(part.mean, (part.images.double().mean(0) / 255).float())
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
-
-
-def test_rank_counts_the_classes_ahead_and_ties_go_to_the_lower_class() -> None:
-    logits = torch.tensor([[3.0, 1, 2], [3, 1, 2], [1, 1, 1], [1, 1, 1]])
-    assert loop.rank(logits, torch.tensor([0, 1, 0, 2])).tolist() == [0, 2, 0, 2]
 
 
 def test_errors_agree_with_scikit_learn_topk() -> None:
     from sklearn.metrics import top_k_accuracy_score
 
     digits, model = load("digits", "unused", CPU), ResNet18(1, 10, 1)
-    found = loop.evaluate(model, digits)
+    found = loop.evaluate(model, digits.test_images, digits.test_labels, digits.mean)
     with torch.inference_mode():
         logits = model(normalised(digits.test_images, digits.mean)).numpy()
     for k in (1, 5):
@@ -204,17 +228,229 @@ def test_lace_of_strength_zero_trains_as_cross_entropy_does(tmp_path: Path) -> N
     assert lace["train_loss"] == pytest.approx(ce["train_loss"], rel=1e-3)
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(finished: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lace_loss.train", *small(tmp_path)]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    checkpoint = tmp_path / "digits_lace_seed0_w1.checkpoint"
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run must be killed before its end"
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy_bin_by_bin() -> None:
+    digits, model = load("digits", "unused", CPU), ResNet18(2, 10, 1)
+    found = loop.evaluate(model, digits.test_images, digits.test_labels, digits.mean)
+    with torch.inference_mode():
+        q = model(normalised(digits.test_images, digits.mean)).double().softmax(1).numpy()
+    sure, right = q.max(1), q.argmax(1) == digits.test_labels.numpy()
+    gap = 0.0
+    for i in range(15):
+        inside = (sure >= i / 15) & (sure < (i + 1) / 15)
+        assert found["count"][i] == inside.sum()
+        gap += abs(sure[inside].sum() - right[inside].sum())
+    assert found["calibration_error"] == pytest.approx(100 * gap / len(q), rel=1e-6)
+    assert found["nll"] == pytest.approx(-np.log(q[range(len(q)), digits.test_labels]).mean(), rel=1e-6)
+
+
+def test_the_focal_arm_trains_as_lace_does_while_no_sample_is_sure(tmp_path: Path) -> None:
+    assert main([*SMALL, "--epochs", "1", "--lr", "0.01", "--loss", "focal", "--out", str(tmp_path)]) == 0
+    assert main(small(tmp_path, "--epochs", "1", "--lr", "0.01")) == 0
+    lace, focal = (read_record(next(tmp_path.glob(f"*_{loss}_*.jsonl"))) for loss in ("lace", "focal"))
+    assert lace["train_loss"] == pytest.approx(focal["train_loss"], rel=1e-4)
+
+
+def test_a_step_is_that_of_momentum_sgd_with_weight_decay() -> None:
+    config, digits = Config("digits", "ce", width=2, strength=0.0, lr=0.2, pad=1, flip=False), load("digits", "", CPU)
+    replica = loop.Replica(config, digits)
+    parameter = replica.model.head.weight
+    weight, buffer = parameter.detach().clone(), torch.zeros_like(parameter)
+    replica.begin(0)
+    for i in range(3):
+        replica.advance(i)
+        buffer = 0.9 * buffer + parameter.grad + 5e-4 * weight
+        weight = weight - 0.2 * buffer
+        assert torch.allclose(parameter, weight, rtol=1e-5, atol=1e-7)
+    norm = math.sqrt(sum(p.grad.double().square().sum() for p in replica.model.parameters()))
+    assert replica.grad_norms[2].item() == pytest.approx(norm, rel=1e-5)
+
+
+def test_what_a_step_reads_and_writes_stays_where_it_is() -> None:
+    replica = loop.Replica(Config("digits", width=2, pad=1), load("digits", "unused", CPU))
+
+    def places() -> list[int]:
+        tensors = [*replica.model.state_dict().values(), *replica.momentum, replica.lr, replica.order]
+        tensors += [replica.offsets, replica.flips, replica.losses, replica.grad_norms, replica.ranks]
+        assert [m.data_ptr() for m in replica.momentum] == [
+            s["momentum_buffer"].data_ptr() for s in replica.optimizer.state.values()
+        ]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    before = places()
+    for epoch in range(2):
+        replica.begin(epoch)
+        replica.advance(0)
+    replica.restore({"model": ResNet18(2, 10, 1).state_dict(), "momentum": replica.momentum})
+    assert places() == before
+
+
+class Operations(TorchDispatchMode):
+    """The names of what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_the_device_for_no_value() -> None:
+    """Which would wait for it, and is what a CUDA graph forbids."""
+    asking = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
+    replica = loop.Replica(Config("digits", width=2, pad=1), load("digits", "unused", CPU))
+    replica.begin(0)
+    with Operations() as step:
+        replica.advance(0)
+    assert {"convolution", "convolution_backward"} <= step.names
+    assert not step.names & asking
+    with Operations() as look:
+        replica.losses[0].item()
+    assert look.names & asking
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_graphs_of_steps_equal_eager_steps_bit_for_bit(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    digits = load("digits", "unused", torch.device("cuda"))
+    eager, *captured = (loop.Replica(Config("digits", width=16, batch=25, precision=precision), digits) for _ in "123")
+    for replica in captured:
+        replica.capture()
+    for replica in (eager, *captured):
+        replica.begin(0)
+    for i in range(50):
+        for replica in (eager, *captured):
+            replica.advance(i)
+    for replica in (eager, *captured):
+        replica.end()
+    for replica in captured:
+        for a, b in zip(eager.model.state_dict().values(), replica.model.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(eager.losses, replica.losses)
+
+
+# --- stopping and going on --------------------------------------------------------------------------------------------
+
+# Its children have torch loaded and no threads.
+server = multiprocessing.get_context("forkserver")
+
+
+def child(arguments: list[str], bytes_a_file: int) -> None:
+    torch.set_num_threads(1)
+    if bytes_a_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, bytes_a_file))
+    with open(os.devnull, "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
+        status = main(arguments)
+    os._exit(status)
+
+
+def start(arguments: list[str], bytes_a_file: int = 0) -> multiprocessing.process.BaseProcess:
+    server.set_forkserver_preload(["lace_loss.train.__main__"])
+    process = server.Process(target=child, args=(arguments, bytes_a_file))
+    process.start()
+    return process
+
+
+def test_a_run_killed_twenty_times_at_random_moments_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    epochs, whole = ["--epochs", "12"], tmp_path / "whole"
+    assert main(small(whole, *epochs)) == 0
+    start(small(tmp_path / "clock", *epochs)).join()  # and the server has loaded torch
+    before = time.perf_counter()
+    start(small(tmp_path / "clock again", *epochs)).join()
+    seconds = time.perf_counter() - before
+    random, kills, killed_in, n = np.random.default_rng(0), 0, set[int | None](), 0
+    while kills < 20:
+        out = tmp_path / str(n)
+        process = start(small(out, *epochs))
+        process.join(seconds * random.uniform(0, 1))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+            record = out / "digits_lace_seed0_w1.jsonl"
+            killed_in.add(len(read_record(record)["epochs_log"]) if record.exists() else None)
+        n += (out / "digits_lace_seed0_w1.jsonl").exists() and "final" in read_record(
+            out / "digits_lace_seed0_w1.jsonl"
+        )
+    assert len(killed_in) > 3, "kills must fall into different epochs"
+    for k in range(n + 1):
+        assert main(small(tmp_path / str(k), *epochs)) == 0
+        assert figures(tmp_path / str(k) / "digits_lace_seed0_w1.jsonl") == figures(
+            whole / "digits_lace_seed0_w1.jsonl"
+        )
+        assert weights(tmp_path / str(k)) == weights(whole)
+
+
+def test_max_seconds_stops_at_an_epochs_end_and_the_command_goes_on(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 10**6))  # a second a look
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
+        assert main(small(tmp_path, "--max-seconds", "20")) == 0
+    assert "stopped by --max-seconds 20" in capsys.readouterr().err
+    record = tmp_path / "digits_lace_seed0_w1.jsonl"
+    assert 0 < len(read_record(record)["epochs_log"]) < 3
     assert main(small(tmp_path)) == 0
-    assert figures(tmp_path / "digits_lace_seed0_w1.jsonl") == figures(finished / "digits_lace_seed0_w1.jsonl")
+    assert figures(record) == figures(finished / "digits_lace_seed0_w1.jsonl")
     assert weights(tmp_path) == weights(finished)
+
+
+def test_a_full_disk_is_an_error_that_loses_nothing(finished: Path, tmp_path: Path) -> None:
+    assert main(small(tmp_path, "--max-seconds", "0")) == 0
+    before = weights(tmp_path)
+    full = start(small(tmp_path), bytes_a_file=20_000)  # less than a checkpoint
+    full.join()
+    assert full.exitcode == 2
+    assert weights(tmp_path) == before
+    assert main(small(tmp_path)) == 0
+    assert weights(tmp_path) == weights(finished)
+
+
+def test_two_processes_that_share_every_batch_train_as_one(tmp_path: Path) -> None:
+    """Sums in another order: 1e-7 a step, which momentum and 15 small steps make 1e-5 of."""
+    steady = ["--epochs", "1", "--lr", "0.001", "--width", "2"]
+    assert main(small(tmp_path / "one", *steady)) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "lace_loss.train", *small(tmp_path / "two", *steady)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    one, two = (read_record(next((tmp_path / name).glob("*.jsonl"))) for name in ("one", "two"))
+    assert two["device"] == f"2 processes, {one['device']}"
+    for key in ("train_loss", "grad_norm", "nll"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5)
+    ours, theirs = ({k: np.frombuffer(v, np.float32) for k, v in weights(tmp_path / n).items()} for n in ("one", "two"))
+    assert all(np.allclose(ours[key], theirs[key], rtol=1e-4, atol=1e-5) for key in ours)
+    assert main(small(tmp_path / "two", *steady, "--lr", "0.1")) == 2, "one process must not go on with it"
+
+
+def test_seeds_of_several_commands_in_one_folder_are_reported_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for share in ("0", "1-2"):
+        assert main(small(tmp_path, "--epochs", "1", "--seeds", share)) == 0
+    capsys.readouterr()
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["groups"][0]["arms"]["LACE"]["seeds"] == [0, 1, 2]
+
+
+def test_out_of_memory_says_how_many_replicas_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        finished = False
+
+        def __init__(self, fits: bool) -> None:
+            self.fits = fits
+
+        def load(self) -> None:
+            if not self.fits:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    with pytest.raises(TrainError, match="with 4 replicas, --replicas 2 may fit"):
+        loop.train([Full(i < 2) for i in range(4)], False, 4, math.inf)  # type: ignore[misc]
+    with pytest.raises(TrainError, match="not even one replica fits"):
+        loop.train([Full(False)], False, 1, math.inf)  # type: ignore[list-item]
 
 
 @pytest.fixture
@@ -228,6 +464,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "draws", stop)
+        patch.setattr(loop, "SAVING_SHARE", math.inf)  # a checkpoint every epoch
         assert main(small(tmp_path)) == 130
     assert f"--out {tmp_path}" in capsys.readouterr().err
     return tmp_path
@@ -321,6 +558,11 @@ def assert_error(capsys: pytest.CaptureFixture[str], arguments: list[str], *word
         (["--batch", "0"], ["--batch", "got 0"]),
         (["--threads", "0"], ["--threads", "got 0"]),
         (["--strength", "1.5"], ["--strength", "[0, 1]", "1.5"]),
+        (["--subset", "-1"], ["--subset", "at least 0", "-1"]),
+        (["--shrink", "3"], ["--shrink 3", "8x8"]),
+        (["--precision", "half"], ["--precision", "'half'"]),
+        (["--mode", "graph"], ["--mode graph", "CUDA"]),
+        (["--replicas", "2"], ["--replicas 2", "--mode graph"]),
         (["--loss", "hinge"], ["--loss", "'hinge'"]),
         (["--batch", "4"], ["two images", "1437"]),
         (["--data", "no/such"], ["no/such", "train/ and test/"]),
@@ -350,12 +592,14 @@ def test_a_wrong_data_folder_is_named_with_the_rule(tmp_path: Path, capsys: pyte
     images(folder / "train" / "ant")
     assert_error(capsys, run, str(folder / "test"), "a folder of images for every class")
     images(folder / "test" / "wasp")
-    assert_error(capsys, run, "wasp", "train/ lacks")
-    (folder / "test" / "wasp").rename(folder / "test" / "ant")
-    images(folder / "train" / "bee", size=(8, 9))
-    assert_error(capsys, run, str(folder / "train" / "bee" / "0.png"), "9x8", "8x8")
-    (folder / "train" / "bee" / "0.png").write_bytes(b"no picture")
-    assert_error(capsys, run, str(folder / "train" / "bee" / "0.png"), "not an image")
+    assert_error(capsys, run, "wasp", f"{folder / 'train'} lacks")
+    images(folder / "train" / "wasp")
+    assert_error(capsys, run, "ant", f"{folder / 'test'} lacks")
+    images(folder / "test" / "ant")
+    images(folder / "train" / "wasp", size=(8, 9))
+    assert_error(capsys, run, str(folder / "train" / "wasp" / "0.png"), "9x8", "8x8")
+    (folder / "train" / "wasp" / "0.png").write_bytes(b"no picture")
+    assert_error(capsys, run, str(folder / "train" / "wasp" / "0.png"), "not an image")
 
 
 def test_a_failed_download_of_cifar100_says_where_it_looked(
@@ -392,12 +636,14 @@ def record(folder: Path, loss: str, seed: int, top5: float, unfinished: bool = F
     header = config | {"loss": loss, "seed": seed, "strength": float(loss == "lace"), "classes": 100}
     header |= {"data_sha256": "0", "device": "d", "threads": 1} | settings
     row = dict.fromkeys(FIGURES, 1.0) | {"top5_error": top5, "epoch": 0}
-    lines = [header, row] if unfinished else [header, row, row | {"final": True}]
+    bins = {"count": [0, 4, 6], "confidence": [0.0, 0.5, 0.9], "accuracy": [0.0, 0.25, 1.0]}
+    sets = {name: {key: row[key] for key in TESTED} | bins for name in ("test", "train")}
+    lines = [header, row] if unfinished else [header, row, row | {"final": True, "sets": sets}]
     (folder / f"{loss}{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_welch_interval_against_closed_form() -> None:
-    from scipy.special import stdtrit
+    from scipy.special import stdtr, stdtrit
 
     a, b = [6.9, 6.6, 6.7, 6.85], [6.2, 6.3, 6.0]
     va, vb = np.var(a, ddof=1) / 4, np.var(b, ddof=1) / 3
@@ -406,6 +652,8 @@ def test_welch_interval_against_closed_form() -> None:
     middle = np.mean(a) - np.mean(b)
     assert found["mean"] == pytest.approx(middle)
     assert found["interval"] == pytest.approx([middle - half, middle + half])
+    degrees = (va + vb) ** 2 / (va**2 / 3 + vb**2 / 2)
+    assert found["p"] == pytest.approx(2 * stdtr(degrees, -abs(middle) / math.sqrt(va + vb)))
 
 
 def test_report_gives_mean_deviation_and_n_beside_the_papers_figures(
@@ -418,10 +666,32 @@ def test_report_gives_mean_deviation_and_n_beside_the_papers_figures(
     table = capsys.readouterr().out
     assert "| CE | 3 | 7.00 ± 1.00 |" in table
     assert "| LACE | 3 | 5.50 ± 0.50 |" in table
-    assert "6.00, 7.00, 8.00" in table
-    assert "| paper, CE | | 6.7 |" in table and "| paper, LACE | | 6.2 |" in table
-    assert "CE - LACE, top-5 error: +1.50 points, 95 % Welch interval" in table
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert all(f"| CE | {seed} | {error:.2f} |" in table for seed, error in enumerate((6, 7, 8)))
+    assert "| paper, CE |  | 6.7 |" in table and "| paper, LACE |  | 6.2 |" in table
+    for picture in ("curves.png", "reliability.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("shift", "words", "gap"),
+    [
+        (0.5, "LACE has the smaller error", "holds"),
+        (-0.9, "CE has the smaller error", "does not hold"),
+        (0.02, "undecided", "does not hold"),
+    ],
+)
+def test_the_verdict_is_said_whichever_way_it_falls(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shift: float, words: str, gap: str
+) -> None:
+    for seed, noise in enumerate((-0.1, 0.0, 0.1, 0.05, -0.05)):
+        record(tmp_path, "ce", seed, 6.9 + noise)
+        record(tmp_path, "lace", seed, 6.9 - shift + noise)
+    report([tmp_path])
+    said = capsys.readouterr().out
+    assert f"Top-5 error, CE - LACE: {shift:+.2f} (" in said
+    assert f": {words}." in said
+    assert "CE's mean is within 0.3 points of the paper's 6.7 %" in said
+    assert f"The interval of CE - LACE {gap} the paper's 0.5 points" in said
 
 
 def test_report_keeps_recipes_apart_and_says_what_is_scaled_down(
@@ -450,7 +720,7 @@ def test_report_says_no_interval_with_one_seed_and_lists_unfinished_runs(
     record(tmp_path, "lace", 1, 60.0, unfinished=True)
     report([tmp_path])
     table = capsys.readouterr().out
-    assert "CE - LACE, top-5 error: +0.50 points, no interval with one seed" in table
+    assert "Top-5 error, CE - LACE: +0.50 points, no interval with one seed: undecided." in table
     assert f"Unfinished, not counted: {tmp_path / 'lace1.jsonl'}" in table
 
 
@@ -483,3 +753,46 @@ def test_a_damaged_record_is_named_with_its_line(
 def test_a_missing_record_and_an_empty_folder_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_error(capsys, ["report", str(tmp_path / "none.jsonl")], "none.jsonl", "neither a record")
     assert_error(capsys, ["report", str(tmp_path)], str(tmp_path), "neither a record")
+
+
+# --- attacks ----------------------------------------------------------------------------------------------------------
+
+
+def test_fgsm_on_a_linear_model_is_a_full_step_against_the_true_class() -> None:
+    """Two classes: the gradient's sign is that of (w_other - w_true), whatever the image."""
+    model, mean = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)), torch.full((3, 2, 2), 0.4)
+    pixels = torch.randint(20, 230, (50, 3, 2, 2), dtype=torch.uint8)
+    labels = torch.randint(0, 2, (50,))
+    w = model[1].weight.detach()
+    expected = pixels + EPSILON * (w[1 - labels] - w[labels]).sign().view(-1, 3, 2, 2)
+    assert torch.equal(adversarial(model, pixels, labels, mean, 1), expected)
+
+
+def test_pgd_stays_near_the_image_within_the_pixels_range_and_raises_the_loss() -> None:
+    digits, model = load("digits", "unused", CPU), ResNet18(2, 10, 1).eval()
+    x, labels = digits.test_images[:50], digits.test_labels[:50]
+    changed = adversarial(model, x, labels, digits.mean, 10)
+    assert changed.min() >= 0 and changed.max() <= 255
+    assert (changed - x).abs().max() <= EPSILON < 10 * STEP
+    losses = [torch.nn.functional.cross_entropy(model(normalised(y, digits.mean)), labels) for y in (x, changed)]
+    assert losses[1] > losses[0]
+
+
+def test_a_report_with_attacks_adds_them_to_the_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    name = "digits_lace_seed0_w1"
+    for suffix in (".jsonl", ".checkpoint"):
+        (tmp_path / f"{name}{suffix}").write_bytes((finished / f"{name}{suffix}").read_bytes())
+    assert main(["report", str(tmp_path), "--attack"]) == 0
+    assert "top-1 error under PGD-10" in capsys.readouterr().out
+    found = read_record(tmp_path / f"{name}.jsonl")
+    assert found["sets"]["pgd"]["top1_error"] >= found["sets"]["test"]["top1_error"]
+    (tmp_path / f"{name}.checkpoint").unlink()
+    assert main(["report", str(tmp_path), "--attack"]) == 0, "what the records hold is not asked again"
+    (tmp_path / f"{name}.jsonl").write_bytes((finished / f"{name}.jsonl").read_bytes())
+    assert_error(capsys, ["report", str(tmp_path), "--attack"], "weights", f"{name}.checkpoint")
+    for split in ("train", "test"):
+        images(tmp_path / "other" / split / "ant")
+    arguments = ["--data", str(tmp_path / "other"), "report", str(tmp_path), "--attack"]
+    assert_error(capsys, arguments, name, "other data")

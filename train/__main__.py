@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from .attack import attack
 from .config import DIGITS, Config, TrainError
 from .data import load
 from .loop import Run, is_another_process, train
-from .report import report
+from .report import record_files, report
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,6 +67,9 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", metavar="report")
     table = commands.add_parser("report", help="table and curves of records")
     table.add_argument("records", nargs="*", type=Path, default=[Path("runs")], help="files or folders; default runs")
+    table.add_argument(
+        "--attack", action="store_true", help="first test under FGSM and PGD-10, on --data before report"
+    )
     table.add_argument("--json", action="store_true", help="the same figures as JSON")
     return top
 
@@ -130,6 +134,8 @@ def main(arguments: list[str]) -> int:
     try:
         args = parser().parse_args(arguments)
         if args.command == "report":
+            if args.attack:
+                attack(record_files(args.records), args.data, args.root, machine(args)[0])
             report(args.records, args.json)
         else:
             records = experiment(args, command)
@@ -139,7 +145,7 @@ def main(arguments: list[str]) -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from the last finished epoch: {command}", file=sys.stderr)
+        print(f"stopped; the same command goes on from the last checkpoint: {command}", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():

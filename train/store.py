@@ -96,12 +96,12 @@ def write(path: Path, content: bytes) -> None:
 
 
 def write_record(path: Path, header: Record, log: list[Record], final: Record | None = None) -> None:
-    lines = [header, *log] if final is None else [header, *log, final]
+    lines = [header, *log, final] if final else [header, *log]
     write(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
 
 
-def read_record(path: Path) -> Record:
-    """Header and final line merged, the epochs' lines under `epochs_log`; no key `final` while the run is unfinished.
+def record_lines(path: Path) -> tuple[Record, list[Record], Record]:
+    """Header, the epochs' lines, and the final line, which is empty while the run is unfinished.
 
     Raises TrainError, which names the file and the line, for what is not a record.
     """
@@ -117,8 +117,13 @@ def read_record(path: Path) -> Record:
             lacks = f": it lacks {', '.join(missing)}" if isinstance(lines[-1], dict) else ""
             raise TrainError(f"{path}, line {number}: not a line of a record{lacks}")
     header, *log = lines
-    last = log.pop() if log and "final" in log[-1] else {}
-    return header | last | {"epochs_log": log}
+    return header, log, log.pop() if log and "final" in log[-1] else {}
+
+
+def read_record(path: Path) -> Record:
+    """Header and final line merged, the epochs' lines under `epochs_log`; no `final` while the run is unfinished."""
+    header, log, final = record_lines(path)
+    return header | final | {"epochs_log": log}
 
 
 def previous(path: Path) -> Path:

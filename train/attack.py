@@ -1,0 +1,66 @@
+"""Finished models against images changed on purpose, by FGSM (Goodfellow 2015) and PGD-10 (Madry 2018), 8/255 a pixel.
+
+Every model is attacked through cross entropy, whatever it was trained with, so that all face the same attack. By our
+kernel: the gradient of torch's is 0 in float32 where the model is sure, and would make a sure model look robust.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lace_loss.ext.torch import lace_loss
+
+from .config import TrainError
+from .data import Data, load, normalised
+from .loop import evaluate, network
+from .store import load_checkpoint, record_lines, write_record
+
+EPSILON = 8.0  # of 255
+STEPS, STEP = 10, 2.0  # of PGD
+
+
+def attack(files: list[Path], data: str, root: str, device: torch.device) -> None:
+    """Add the figures under both attacks, as `sets`, to the records of finished runs whose checkpoints are beside them.
+
+    Raises TrainError where the data are not those of the run, or there is no checkpoint.
+    """
+    loaded: dict[tuple[int, int], Data] = {}
+    for file in files:
+        header, log, final = record_lines(file)
+        if not final or "pgd" in final["sets"]:
+            continue
+        form = (header["shrink"], header["subset"])
+        images = loaded[form] = loaded.get(form) or load(data, root, device, *form)
+        if images.sha256 != header["data_sha256"]:
+            raise TrainError(f"{file} is of other data than --data {data}: its data_sha256 is {header['data_sha256']}")
+        checkpoint = file.with_suffix(".checkpoint")
+        state = load_checkpoint(checkpoint, device)
+        if state is None:
+            raise TrainError(f"an attack needs the weights, and there is no {checkpoint}")
+        model = network(header["width"], images)
+        model.load_state_dict(state["model"])
+        model.eval()
+        torch.manual_seed(0)
+        for name, steps in (("fgsm", 1), ("pgd", STEPS)):
+            parts = zip(torch.split(images.test_images, 1000), torch.split(images.test_labels, 1000), strict=True)
+            changed = torch.cat([adversarial(model, x, y, images.mean, steps) for x, y in parts])
+            final["sets"][name] = evaluate(model, changed, images.test_labels, images.mean)
+            found = final["sets"][name]["top1_error"]
+            print(f"{file.stem}: {found:.2f} % top-1 error under {name.upper()}", file=sys.stderr)
+        write_record(file, header, log, final)
+
+
+def adversarial(model: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, steps: int) -> Tensor:
+    """Images (N, C, H, W), float32 in 0 to 255, changed for the worse: a full step, or several from a random start."""
+    clean = images.float()
+    low, high = (clean - EPSILON).clamp_(min=0), (clean + EPSILON).clamp_(max=255)
+    size = EPSILON if steps == 1 else STEP
+    x = clean if steps == 1 else low + torch.rand_like(clean) * (high - low)
+    for _ in range(steps):
+        x.requires_grad_()
+        loss = lace_loss(model(normalised(x, mean)), labels, reduction="sum", strength=0.0)
+        (gradient,) = torch.autograd.grad(loss, x)
+        x = (x.detach() + size * gradient.sign()).clamp(low, high)
+    return x
