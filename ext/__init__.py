@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from operator import index
 from typing import Any, TypedDict, Unpack
 
@@ -12,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _cpu
 
-__all__ = ["Options", "backward", "forward", "forward_backward"]
+__all__ = ["Evaluation", "Options", "backward", "evaluate", "forward", "forward_backward"]
 
 Array = NDArray[Any]
 
@@ -20,6 +23,11 @@ _DTYPES = (np.dtype(np.float32), _FLOAT64 := np.dtype(np.float64))
 
 # Starting two threads takes about as long as the kernel needs for so many logits.
 _LOGITS_WORTH_A_THREAD = 1 << 16
+
+# What is evaluated at a time: in float32 4 MiB, which stay in a cache between being read or converted and being used.
+_LOGITS_IN_A_BLOCK = 1 << 20
+
+_BINS = 15  # of the calibration error
 
 
 class Options(TypedDict, total=False):
@@ -89,12 +97,156 @@ def forward_backward(
     return _run(z, target, gradient, grad_output, threads, **options), gradient
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of a classifier, over the samples that are not ignored; NaN if there are none.
+
+    loss : the mean that `forward` gives with the same options.
+    cross_entropy : mean of -log q_t in nats, whatever the options: the negative log-likelihood.
+    accuracy : for each k of `topk` the fraction of samples whose true class is among the k largest logits; of equal
+        logits the first comes first.
+    calibration_error : sum over 15 bins of (samples in the bin / samples) |accuracy - mean confidence in the bin|, a
+        fraction. A sample's confidence is its largest probability, its bin (0, 1/15], ... or (14/15, 1].
+    count : samples.
+    """
+
+    loss: float
+    cross_entropy: float
+    accuracy: dict[int, float]
+    calibration_error: float
+    count: int
+
+
+def evaluate(
+    logits: ArrayLike,
+    target: ArrayLike,
+    *,
+    topk: Iterable[int] = (1, 5),
+    weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    strength: float = 1.0,
+) -> Evaluation:
+    """Loss, cross entropy, top-k accuracy and calibration error, block by block: the logits are not copied as a whole.
+
+    Parameters
+    ----------
+    logits : (C,), (N, C) or (N, C, d1, ...) array of float32, float64 or float16, which is worked on in float32.
+    target : class indices, of the logits' shape without its class axis.
+    topk : numbers of classes.
+    weight, label_smoothing, strength : of the loss, see `Options`.
+
+    Raises
+    ------
+    As `forward`; ValueError also for logits without a softmax: with a NaN or +inf, or all -inf.
+    """
+    z, y = np.asarray(logits), np.asarray(target)
+    if z.ndim < 2:
+        z, y = z[None], y[None]
+    if y.shape[:1] != z.shape[:1]:
+        raise ValueError(f"target must have one class for each of {len(z)} samples, got shape {y.shape}")
+    tally = Tally(topk, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, strength=strength)
+    rows = rows_in_a_block(z.shape[1:])
+    for start in range(0, max(1, len(z)), rows):
+        tally.add(z[start : start + rows], y[start : start + rows])
+    return tally.figures()
+
+
+def rows_in_a_block(row: tuple[int, ...]) -> int:
+    """How many rows of this shape are evaluated at a time."""
+    return max(1, _LOGITS_IN_A_BLOCK // max(1, math.prod(row)))
+
+
+class Tally:
+    """`evaluate`, of logits and targets that come block by block: its arguments, errors and result."""
+
+    def __init__(
+        self,
+        topk: Iterable[int] = (1, 5),
+        *,
+        weight: ArrayLike | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        strength: float = 1.0,
+    ) -> None:
+        self.hits = {index(k): 0 for k in topk}
+        if min(self.hits, default=1) < 1:
+            raise ValueError(f"topk must hold numbers from 1, got {min(self.hits)}")
+        self.weight, self.ignore_index = weight, index(ignore_index)
+        self.options: Options = {
+            "weight": weight,
+            "ignore_index": ignore_index,
+            "reduction": "none",
+            "label_smoothing": label_smoothing,
+            "strength": strength,
+        }
+        self.rows = self.count = 0
+        self.loss = self.cross_entropy = self.divisor = 0.0
+        self.gaps = np.zeros(_BINS)  # in each bin, how many are right less the sum of their confidences
+
+    def add(self, logits: Array, target: Array) -> None:
+        """The next (N, C) or (N, C, d1, ...) logits and their classes."""
+        if logits.dtype.kind != "f" or logits.dtype.itemsize > 8:
+            raise TypeError(f"logits must be float16, float32 or float64, got {logits.dtype}")
+        if target.dtype.kind not in "iu":
+            raise TypeError(f"target must hold integers (classes), got {target.dtype}")
+        if logits.ndim < 2 or logits.shape[1] == 0:
+            raise ValueError(f"logits must be (N, C) or (N, C, d1, ...) with C >= 1, got shape {logits.shape}")
+        # Its bytes in this machine's order, whatever a file has.
+        z = np.asarray(logits, np.float64 if logits.dtype.itemsize == 8 else np.float32)
+        losses, ce, q, rank = _described(z, target, self.rows, self.options)
+        classes = target.reshape(-1)
+        kept = classes != self.ignore_index
+        behind = np.flatnonzero(kept & (rank > 0))
+        if len(behind):  # the confidence is the probability of the class in front: ask for that one's
+            leading = _classes_last(z)[behind]
+            q[behind] = _described(leading, leading.argmax(1), 0, {"reduction": "none"})[2]
+        cross_entropy = ce.sum(dtype=np.float64)
+        if np.isnan(cross_entropy):
+            n, *place = np.argwhere(np.isnan(ce).reshape(target.shape))[0].tolist()
+            values = z[(n, slice(None), *place)]
+            what = "NaN" if np.isnan(values).any() else "+inf" if np.inf in values else "-inf only"
+            place = ", ".join(map(str, [self.rows + n, *([":", *place] if place else [])]))
+            raise ValueError(f"logits[{place}] holds {what}")
+        right, q, rank = rank[kept] == 0, q[kept].astype(np.float64), rank[kept]
+        self.rows += len(target)
+        self.count += len(q)
+        self.loss += losses.sum(dtype=np.float64)
+        self.cross_entropy += cross_entropy
+        self.divisor += (
+            len(q) if self.weight is None else np.asarray(self.weight, z.dtype)[classes[kept]].sum(dtype=np.float64)
+        )
+        for k in self.hits:
+            self.hits[k] += int(np.count_nonzero(rank < k))
+        self.gaps += np.bincount(np.ceil(q * _BINS).astype(np.intp) - 1, right - q, _BINS)
+
+    def figures(self) -> Evaluation:
+        n = self.count or math.nan
+        return Evaluation(
+            float(self.loss / (self.divisor or math.nan)),
+            float(self.cross_entropy / n),
+            {k: hits / n for k, hits in self.hits.items()},
+            float(np.abs(self.gaps).sum() / n),
+            self.count,
+        )
+
+
+def _described(z: Array, target: Array, first: int, options: Options) -> tuple[Array, Array, Array, Array]:
+    """Loss, cross entropy, probability and rank of each sample."""
+    n = target.size
+    statistics = np.empty(n, z.dtype), np.empty(n, z.dtype), np.empty(n, np.int64)
+    losses = _run(z, target, None, 1.0, None, statistics, first, **options)
+    return losses.reshape(-1), *statistics
+
+
 def _run(
     logits: Array,
     target: ArrayLike,
     gradient: Array | None,
     grad_output: ArrayLike,
     threads: int | None,
+    statistics: tuple[Array, Array, Array] | None = None,
+    first: int = 0,
     *,
     weight: ArrayLike | None = None,
     ignore_index: int = -100,
@@ -138,7 +290,8 @@ def _run(
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
 
     # Images whose classes do not come last are worked on plane by plane where the kernel can.
-    planes = logits.ndim > 2 and indices is not None and label_smoothing == 0 and not _ends_with_classes(logits)
+    hard = indices is not None and label_smoothing == 0 and statistics is None
+    planes = logits.ndim > 2 and hard and not _ends_with_classes(logits)
     inner = n // max(1, len(logits)) if planes else 0
     z = np.asarray(logits, order="C") if planes else _classes_last(logits)
     rows = each = None
@@ -158,13 +311,16 @@ def _run(
                 raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
     losses = np.empty(shape if reduction == "none" else n, dtype)
     options = (n, classes, inner, dtype.itemsize, ignore_index, label_smoothing, strength)
-    job = _cpu.Job(losses, rows, z, indices, probability, w, None, *options)
+    job = _cpu.Job(losses, rows, z, indices, probability, w, statistics, *options)
     divisor = job.count() if reduction == "mean" else 1.0
     job.scale_by(above, divisor, each)
     wrong = _in_threads(job, threads)
     if wrong >= 0:
         place = [int(i) for i in np.unravel_index(wrong, shape)]
-        raise IndexError(f"target{place or ''} is {y[tuple(place)]}, not a class: 0 to {classes - 1}")
+        value = y[tuple(place)]
+        if place:
+            place[0] += first
+        raise IndexError(f"target{place or ''} is {value}, not a class: 0 to {classes - 1}")
     if gradient is not None and rows is not None and rows is not gradient and not np.may_share_memory(rows, gradient):
         if planes:
             gradient[...] = rows

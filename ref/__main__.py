@@ -1,7 +1,8 @@
 """Certify implementations of LACE against the golden vectors.
 
     python -m lace_loss.ref                     every implementation installed here, in one table
-    python -m lace_loss.ref check MODULE:FN     a port in Python: FN(logits, target, **options) -> (loss, gradient)
+    python -m lace_loss.ref check MODULE:FN     a port in Python: FN(logits, target, **options) -> (loss, gradient);
+                                                MODULE may be a file's path
     python -m lace_loss.ref check --command CMD a port in anything (the protocol is in ref/vectors/README.md)
     python -m lace_loss.ref peers               what people use today, where installed, in a Markdown table
 
@@ -199,9 +200,9 @@ def check(args: argparse.Namespace) -> int:
     for name, cases in vectors(args.vectors, args.dtypes, levels).items():
         if args.command:
             answers = command_port(args.command, cases, args.timeout)
-            results = [judge(case, answers[case.number], args.plain) for case in cases]
+            results = [judge(case, answers[case.number], args.plain, args.flushed) for case in cases]
         else:
-            results = run(python_port(function, product, args.timeout), cases, args.plain)
+            results = run(python_port(function, product, args.timeout), cases, args.plain, args.flushed)
         wrong = [result for result in results if not result.holds]
         for result in wrong[: max(0, FAILURES_SHOWN - failed)]:
             print(explain(result))
@@ -211,13 +212,14 @@ def check(args: argparse.Namespace) -> int:
 
 
 def imported(name: str | None) -> Any:
-    """What MODULE:FN names; the working folder is searched first."""
+    """What MODULE:FN names, with a file FOLDER/MODULE.py as well; else the working folder is searched first."""
     if name is None:
         return None
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, "")
+    module, _, attribute = name.rpartition(":")
+    file = Path(module)
+    sys.path.insert(0, str(file.parent) if file.suffix == ".py" else "")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(file.stem if file.suffix == ".py" else module), attribute)
     except (Exception, SystemExit) as error:
         raise PortError(f"{name!r} is not a MODULE:FN that imports: {error}") from error
 
@@ -237,6 +239,9 @@ def parser() -> argparse.ArgumentParser:
     port.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="default: all")
     port.add_argument("--dtypes", nargs="+", choices=list(FORMATS), default=["f64", "f32"], help="default: f64 f32")
     port.add_argument("--plain", action="store_true", help="allow what a plain implementation loses with the margin")
+    port.add_argument(
+        "--flushed", action="store_true", help="allow what is lost where subnormal numbers are taken for 0"
+    )
     port.add_argument(
         "--timeout", type=float, default=60, help="seconds a case, or with --command a file; default %(default)s"
     )

@@ -62,6 +62,10 @@ class Format:
         values[[word == "nan" for word in words]] = np.nan
         return values
 
+    @property
+    def smallest_normal(self) -> float:
+        return math.ldexp(1.0, self.smallest + self.mantissa)
+
     def ulp(self, values: Array) -> Array:
         """Distance of neighbours at each finite value."""
         size = np.where(np.isfinite(values), np.abs(values), 0)
@@ -237,13 +241,18 @@ class Result:
     answer: Answer
 
 
-def judge(case: Case, answer: Answer, plain: bool) -> Result:
-    """Compare an answer with the expected values, allowing `plain` times the tolerance if asked. Raises PortError."""
+def judge(case: Case, answer: Answer, plain: bool, flushed: bool = False) -> Result:
+    """Compare an answer with the expected values. Raises PortError.
+
+    If asked, `plain` times the tolerance is allowed, and twice the smallest normal number, which is what a loss or gradient
+    may lose where subnormal numbers are taken for 0: one in the result and one in a term.
+    """
     if case.refused:
         return Result(case, {}, answer is None or refuses(case, answer), answer)
     if answer is None:
         raise PortError(f"{case}: refused, but every index is a class")
     factor = float(case.words["plain"][0]) if plain and "plain" in case.words else 1.0
+    lost = 2 * FORMATS[case.dtype].smallest_normal if flushed else 0.0
     errors, holds = {}, True
     for quantity in case.asked:
         if quantity not in answer:
@@ -267,7 +276,7 @@ def judge(case: Case, answer: Answer, plain: bool) -> Result:
             # Where terms cancel, an ulp is that of their sum, which the tolerance is 32 or more of.
             unit = np.maximum(FORMATS[case.dtype].ulp(wanted), np.where(finite, tolerance, 0.0) / 32)
             errors[quantity] = float(np.max(off / unit, initial=0.0))
-            holds = holds and bool(np.all(off <= factor * tolerance))
+            holds = holds and bool(np.all(off <= np.where(tolerance > 0, np.maximum(factor * tolerance, lost), 0)))
     return Result(case, errors, holds, answer)
 
 
@@ -303,8 +312,8 @@ def brief(values: Array) -> str:
 Implementation = Callable[[Case], Answer]
 
 
-def run(implementation: Implementation, cases: list[Case], plain: bool = False) -> list[Result]:
-    return [judge(case, implementation(case), plain) for case in cases]
+def run(implementation: Implementation, cases: list[Case], plain: bool = False, flushed: bool = False) -> list[Result]:
+    return [judge(case, implementation(case), plain, flushed) for case in cases]
 
 
 def python_port(

@@ -20,7 +20,7 @@ def run(code):
     ("module", "names"),
     {
         "lace_loss.ref": "forward backward hessian_vector_product",
-        "lace_loss.ext": "forward backward forward_backward",
+        "lace_loss.ext": "evaluate forward backward forward_backward",
         "lace_loss.ext.torch": "LACELoss lace_loss",
         "lace_loss.train": "",
     }.items(),
