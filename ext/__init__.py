@@ -107,6 +107,8 @@ class Evaluation:
         logits the first comes first.
     calibration_error : sum over 15 bins of (samples in the bin / samples) |accuracy - mean confidence in the bin|, a
         fraction. A sample's confidence is its largest probability, its bin (0, 1/15], ... or (14/15, 1].
+    bins : what it is made of, and a reliability diagram is drawn from: `count`, and the means `confidence` and
+        `accuracy`, 0 where there is no sample.
     count : samples.
     """
 
@@ -114,6 +116,7 @@ class Evaluation:
     cross_entropy: float
     accuracy: dict[int, float]
     calibration_error: float
+    bins: dict[str, list[float]]
     count: int
 
 
@@ -182,7 +185,7 @@ class Tally:
         }
         self.rows = self.count = 0
         self.loss = self.cross_entropy = self.divisor = 0.0
-        self.gaps = np.zeros(_BINS)  # in each bin, how many are right less the sum of their confidences
+        self.bins = np.zeros((3, _BINS))  # in each, the samples, the sum of their confidences, how many are right
 
     def add(self, logits: Array, target: Array) -> None:
         """The next (N, C) or (N, C, d1, ...) logits and their classes."""
@@ -218,15 +221,20 @@ class Tally:
         )
         for k in self.hits:
             self.hits[k] += int(np.count_nonzero(rank < k))
-        self.gaps += np.bincount(np.ceil(q * _BINS).astype(np.intp) - 1, right - q, _BINS)
+        place = np.ceil(q * _BINS).astype(np.intp) - 1
+        self.bins += [np.bincount(place, values, _BINS) for values in (np.ones_like(q), q, right)]
 
     def figures(self) -> Evaluation:
         n = self.count or math.nan
+        count, confidence, right = self.bins
+        some = np.maximum(count, 1)
+        means = {"count": count, "confidence": confidence / some, "accuracy": right / some}
         return Evaluation(
             float(self.loss / (self.divisor or math.nan)),
             float(self.cross_entropy / n),
             {k: hits / n for k, hits in self.hits.items()},
-            float(np.abs(self.gaps).sum() / n),
+            float(np.abs(right - confidence).sum() / n),
+            {name: values.tolist() for name, values in means.items()},
             self.count,
         )
 

@@ -236,7 +236,7 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy_bin_by_bin
     sure, right = q.max(1), q.argmax(1) == digits.test_labels.numpy()
     gap = 0.0
     for i in range(15):
-        inside = (sure >= i / 15) & (sure < (i + 1) / 15)
+        inside = (sure > i / 15) & (sure <= (i + 1) / 15)
         assert found["count"][i] == inside.sum()
         gap += abs(sure[inside].sum() - right[inside].sum())
     assert found["calibration_error"] == pytest.approx(100 * gap / len(q), rel=1e-6)
@@ -753,6 +753,50 @@ def test_a_damaged_record_is_named_with_its_line(
 def test_a_missing_record_and_an_empty_folder_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_error(capsys, ["report", str(tmp_path / "none.jsonl")], "none.jsonl", "neither a record")
     assert_error(capsys, ["report", str(tmp_path)], str(tmp_path), "neither a record")
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_an_exported_model_gives_the_runs_own_figures_without_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    for split in ("train", "test"):
+        for name in ("ant", "bee", "cat", "dog", "elk", "fox"):
+            images(tmp_path / "data" / split / name, size=(16, 8), n=20)
+    arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path), "--loss", "lace", "--shrink", "2"]
+    assert main([*SMALL, *arguments, "--batch", "20", "--epochs", "5"]) == 0
+    capsys.readouterr()
+    record = next(tmp_path.glob("*.jsonl"))
+    assert main(["export", str(record)]) == 0
+    exported = capsys.readouterr().out.splitlines()[-1]
+    assert exported == str(record.with_suffix(".onnx"))
+
+    without_torch = (
+        "import sys; sys.modules['torch'] = None; from lace_loss.train.deployed import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", without_torch, exported, str(tmp_path / "data" / "test")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    found = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+    expected = read_record(record)["sets"]["test"]
+    assert found["count"] == 120
+    assert [100 * (1 - found["accuracy"][k]) for k in "15"] == [expected["top1_error"], expected["top5_error"]]
+    assert found["cross_entropy"] == pytest.approx(expected["nll"], rel=1e-5)
+    assert 100 * found["calibration_error"] == pytest.approx(expected["calibration_error"], rel=1e-4)
+
+
+def test_an_export_without_weights_or_of_an_unfinished_run_is_an_error(
+    finished: Path, interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "digits_lace_seed0_w1.jsonl"
+    assert_error(capsys, ["export", str(interrupted / name)], name, "not finished")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / name).write_bytes((finished / name).read_bytes())
+    assert_error(capsys, ["export", str(alone / name)], "weights", "digits_lace_seed0_w1.checkpoint")
 
 
 # --- attacks ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Train with cross entropy and LACE, several seeds each, or report on the records of such runs.
+"""Train with cross entropy and LACE, several seeds each; report on the records of such runs, or export their models.
 
 Without options it trains on scikit-learn's handwritten digits, offline, in seconds; `--data cifar100` is the paper's
 experiment. A run that was stopped goes on from its last epoch when the same command is given again.
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .attack import attack
 from .config import DIGITS, Config, TrainError
 from .data import load
+from .export import export
 from .loop import Run, is_another_process, train
 from .report import record_files, report
 
@@ -64,7 +65,9 @@ def parser() -> Parser:
             digits = f" [{DIGITS[f.name]}]" if f.name in DIGITS else ""
             meaning = f"{f.metadata['help']}; {f.default}{digits}"
             recipe.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=meaning, **kind)
-    commands = top.add_subparsers(dest="command", metavar="report")
+    commands = top.add_subparsers(dest="command", metavar="report|export")
+    onnx = commands.add_parser("export", help="a finished run's model as ONNX, beside its record")
+    onnx.add_argument("record", type=Path)
     table = commands.add_parser("report", help="table and curves of records")
     table.add_argument("records", nargs="*", type=Path, default=[Path("runs")], help="files or folders; default runs")
     table.add_argument(
@@ -133,7 +136,9 @@ def main(arguments: list[str]) -> int:
     command = shlex.join(["python", "-m", "lace_loss.train", *arguments])
     try:
         args = parser().parse_args(arguments)
-        if args.command == "report":
+        if args.command == "export":
+            print(export(args.record))
+        elif args.command == "report":
             if args.attack:
                 attack(record_files(args.records), args.data, args.root, machine(args)[0])
             report(args.records, args.json)

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
+from lace_loss import ext
 from lace_loss.ext.torch import lace_loss
 
 from .config import Config, TrainError
@@ -223,7 +223,7 @@ class Run:
         last = epoch + 1 == config.epochs
         tested: Record = {}
         if last or (epoch + 1) % config.test_every == 0:
-            tested = evaluate(self.replica.model, self.data.test_images, self.data.test_labels, self.data.mean)
+            tested = self.evaluate(self.data.test_images, self.data.test_labels)
             row |= {key: tested[key] for key in TESTED}
         self.log.append(row | {"seconds": time.perf_counter() - self.start, "images_per_second": speed})
         if last:
@@ -239,11 +239,15 @@ class Run:
             file=sys.stderr,
         )
 
+    def evaluate(self, images: Tensor, labels: Tensor) -> Record:
+        return evaluate(self.replica.model, images, labels, self.data.mean, self.config.precision)
+
     def save(self) -> None:
         if is_another_process():
             return
         start = time.perf_counter()
-        save_checkpoint(self.checkpoint_path, {"header": self.header, "log": self.log, **self.replica.state()})
+        state = {"header": self.header, "log": self.log, "mean": self.data.mean, **self.replica.state()}
+        save_checkpoint(self.checkpoint_path, state)
         write_record(self.record_path, self.header, self.log)
         self.saved_at = time.perf_counter()
         self.saving = self.saved_at - start
@@ -253,10 +257,10 @@ class Run:
         self.finished = True
         if is_another_process():
             return
-        data, model = self.data, self.replica.model
-        sets = {"test": tested, "train": evaluate(model, data.images, data.labels, data.mean)}
+        data = self.data
+        sets = {"test": tested, "train": self.evaluate(data.images, data.labels)}
         if len(data.unused_images):
-            sets["unused"] = evaluate(model, data.unused_images, data.unused_labels, data.mean)
+            sets["unused"] = self.evaluate(data.unused_images, data.unused_labels)
         self.save()
         seconds = sum(row["seconds"] for row in self.log)
         final = {"final": True, **{key: self.log[-1][key] for key in FIGURES}, "sets": sets, "seconds": seconds}
@@ -325,33 +329,19 @@ def too_late(seconds: float) -> bool:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, mean: Tensor) -> Record:
-    """Errors in percent, mean negative log-likelihood and calibration of the model on images as they are.
-
-    Calibration: samples in 15 bins by the largest probability; `confidence` and `accuracy` are the bins' means, and the
-    calibration error is their mean difference in absolute value over all samples, in percent.
-    """
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, precision: str = "float32") -> Record:
+    """Errors in percent, mean negative log-likelihood and calibration of the model on images as they are."""
     model.eval()
-    ranks, nll, confidence = [], [], []
-    for batch, target in zip(torch.split(images, 1000), torch.split(labels, 1000), strict=True):
-        logits = model(normalised(batch, mean))
-        _, found = lace_loss(logits, target, reduction="none", statistics=True)
-        ranks.append(found["rank"])
-        nll.append(found["cross_entropy"])
-        confidence.append(logits.softmax(1).amax(1))
-    rank, sure = torch.cat(ranks).cpu().numpy(), torch.cat(confidence).double().cpu().numpy()
-    bins = np.minimum((sure * 15).astype(int), 14)
-    count = np.bincount(bins, minlength=15)
-    sums = [np.bincount(bins, values, minlength=15) for values in (sure, (rank == 0).astype(float))]
-    mean_nll = torch.cat(nll).double().mean().item()
-    if not np.isfinite(mean_nll):
-        raise TrainError(f"the negative log-likelihood of the test is {mean_nll}; the last checkpoint is kept")
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = torch.cat([model(normalised(batch, mean)) for batch in torch.split(images, 1000)])
+    try:
+        found = ext.evaluate(logits.cpu().numpy(), labels.cpu().numpy(), strength=0.0)
+    except ValueError as error:
+        raise TrainError(f"in a test {error}; the last checkpoint is kept") from error
     return {
-        "top1_error": 100 * float(np.mean(rank >= 1)),
-        "top5_error": 100 * float(np.mean(rank >= 5)),
-        "nll": mean_nll,
-        "calibration_error": 100 * float(np.abs(sums[0] - sums[1]).sum()) / len(rank),
-        "count": count.tolist(),
-        "confidence": (sums[0] / np.maximum(count, 1)).tolist(),
-        "accuracy": (sums[1] / np.maximum(count, 1)).tolist(),
+        "top1_error": 100 * (1 - found.accuracy[1]),
+        "top5_error": 100 * (1 - found.accuracy[5]),
+        "nll": found.cross_entropy,
+        "calibration_error": 100 * found.calibration_error,
+        **found.bins,
     }

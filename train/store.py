@@ -7,7 +7,7 @@ log-likelihood in nats, the gradient's norm the mean over the steps. The trainin
 images, so that of one loss does not compare with that of another; `nll` does.
 
 A checkpoint is the SHA-256 of what follows, in hexadecimal, a line feed, and a `torch.save`d dict: header, log (the
-record's epochs), model, momentum. The generation before stays beside it until the run is finished.
+record's epochs), mean of the images, model, momentum. The generation before stays beside it until the run is finished.
 """
 
 import hashlib

@@ -1,0 +1,53 @@
+"""Test an exported model on the CPU at hand, by onnxruntime and without torch.
+
+    python -m lace_loss.train.deployed MODEL.onnx FOLDER     FOLDER has a folder of images for every class
+
+Prints the figures of `lace_loss.ext.evaluate`, which are those of the run's own test. Needs onnxruntime and Pillow.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+from lace_loss import ext
+
+
+def logits_of(model: Path, files: list[Path]) -> np.ndarray:
+    """(N, classes), 100 images at a time."""
+    session = onnxruntime.InferenceSession(model)
+    (given,) = session.get_inputs()
+    mode = "L" if given.shape[1] == 1 else "RGB"
+    blocks = []
+    for start in range(0, len(files), 100):
+        pixels = [np.asarray(Image.open(file).convert(mode)) for file in files[start : start + 100]]
+        images = np.stack(pixels).reshape(len(pixels), *pixels[0].shape[:2], -1).transpose(0, 3, 1, 2)
+        blocks.append(session.run(None, {given.name: images})[0])
+    return np.concatenate(blocks)
+
+
+def main(arguments: list[str]) -> int:
+    top = argparse.ArgumentParser(
+        "python -m lace_loss.train.deployed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("model", type=Path, metavar="MODEL.onnx")
+    top.add_argument("folder", type=Path, metavar="FOLDER")
+    args = top.parse_args(arguments)
+    classes = sorted(path for path in args.folder.glob("*") if path.is_dir())
+    files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())]
+    if not files or not args.model.exists():
+        missing = args.model if files else f"{args.folder}/CLASS/IMAGE"
+        print(f"error: there is no {missing}", file=sys.stderr)
+        return 2
+    logits = logits_of(args.model, [file for file, _ in files])
+    print(json.dumps(asdict(ext.evaluate(logits, np.array([label for _, label in files]), strength=0.0))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

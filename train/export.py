@@ -1,0 +1,57 @@
+"""A finished run's model as an ONNX file; `python -m lace_loss.train.deployed` tests such a file without torch."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import TrainError
+from .model import ResNet18
+from .store import load_checkpoint, read_record
+
+
+class FromPixels(nn.Module):
+    """(N, C, H, W) uint8 images as the data set has them to (N, classes) logits: the mean and shrinking are inside."""
+
+    mean: Tensor
+
+    def __init__(self, model: ResNet18, mean: Tensor, shrink: int) -> None:
+        super().__init__()
+        self.model, self.shrink = model, shrink
+        self.register_buffer("mean", mean)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.float()
+        if self.shrink > 1:
+            x = F.avg_pool2d(x, self.shrink).round()
+        logits: Tensor = self.model(x / 255 - self.mean)
+        return logits
+
+
+def export(record_path: Path) -> Path:
+    """Write the model of a run beside its record, and return the path of the file.
+
+    Raises TrainError where the run is not finished, its checkpoint is not there, or onnx is not installed.
+    """
+    record = read_record(record_path)
+    if "final" not in record:
+        raise TrainError(f"{record_path} is of a run that is not finished")
+    checkpoint = record_path.with_suffix(".checkpoint")
+    state = load_checkpoint(checkpoint, torch.device("cpu"))
+    if state is None:
+        raise TrainError(f"an export needs the weights, and there is no {checkpoint}")
+    mean, shrink = state["mean"], record["shrink"]
+    channels, height, width = mean.shape
+    model = ResNet18(record["width"], record["classes"], channels)
+    model.load_state_dict(state["model"])
+    whole = FromPixels(model, mean, shrink).eval()
+    images = torch.zeros(2, channels, height * shrink, width * shrink, dtype=torch.uint8)
+    path = record_path.with_suffix(".onnx")
+    try:
+        program = torch.onnx.export(whole, (images,), dynamo=True, dynamic_shapes=({0: "n"},), verbose=False)
+    except ModuleNotFoundError as error:
+        raise TrainError(f"an export needs {error.name}: pip install 'lace-loss[integrations]'") from error
+    assert program is not None
+    program.save(path)
+    return path
