@@ -292,7 +292,7 @@ def train(runs: list[Run], graph: bool, replicas: int, max_seconds: float) -> No
                     return
                 for run in wave:
                     run.begin()
-                for i in range(max(len(run.replica.batches) for run in wave)):
+                for i in range(len(wave[0].replica.batches)):
                     for run in wave:
                         run.replica.advance(i)
                         run.bar.update(len(run.replica.batches[i]))
