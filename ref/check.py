@@ -244,8 +244,8 @@ class Result:
 def judge(case: Case, answer: Answer, plain: bool, flushed: bool = False) -> Result:
     """Compare an answer with the expected values. Raises PortError.
 
-    If asked, `plain` times the tolerance is allowed, and twice the smallest normal number, which is what a loss or gradient
-    may lose where subnormal numbers are taken for 0: one in the result and one in a term.
+    `plain` allows that many times the tolerance; `flushed` twice the smallest normal number, which may be lost where
+    subnormal numbers are taken for 0: once in the result and once in a term.
     """
     if case.refused:
         return Result(case, {}, answer is None or refuses(case, answer), answer)

@@ -64,6 +64,16 @@ def test_the_plain_implementation_holds_within_the_plain_tolerances(float32_case
     assert wrong == []
 
 
+def test_flushed_subnormal_numbers_are_allowed_on_request_and_nothing_else_with_them(float32_cases):
+    def failing(mistake):
+        return {case.category for case in float32_cases if not judge(case, mistake(case).answer(), True, True).holds}
+
+    assert failing(mistakes.Flushed) == set()
+    for mistake, categories in FOUND_BY.items():
+        if mistake not in (mistakes.Plain, mistakes.Flushed):
+            assert failing(mistake) >= categories
+
+
 def test_everything_installed_holds(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
@@ -121,6 +131,13 @@ def check(*arguments):
 def test_a_right_port_passes(capsys):
     assert check("test_checker:port") == 0
     assert "f32-batch.txt" in capsys.readouterr().out
+
+
+def test_a_port_may_be_named_by_its_file(capsys, monkeypatch):
+    monkeypatch.chdir("/")
+    assert main(["check", f"{__file__}:port", "--levels", "core", "--dtypes", "f64"]) == 0
+    assert main(["check", "/nowhere/port.py:answer"]) == 2
+    assert "'/nowhere/port.py:answer' is not a MODULE:FN that imports" in capsys.readouterr().err
 
 
 def test_a_hessian_product_is_checked_when_named(capsys):

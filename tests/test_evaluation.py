@@ -207,11 +207,6 @@ def npy(path, values, cut=0):
     path.write_bytes(path.read_bytes()[: -cut or None])
 
 
-def cut_npz(path):
-    np.savez(path, logits=np.zeros((9, 4)), target=np.zeros(9, int))
-    path.write_bytes(path.read_bytes()[:-100])
-
-
 Z, T = np.zeros((9, 4)), np.zeros(9, int)
 DAMAGE = {
     "truncated": (lambda z, t: npy(z, Z, cut=100), r"z.npy is cut short in row 5 of its 9"),
@@ -246,6 +241,24 @@ def test_a_file_that_cannot_be_used_is_status_2_and_says_where(damage, tmp_path,
     printed = capsys.readouterr()
     assert printed.out == ""
     assert re.search(message, printed.err), printed.err
+
+
+@pytest.mark.parametrize(
+    ("arrays", "change", "message"),
+    [
+        ({"logits": Z, "target": T}, lambda data: data[:-100], "not a zip file"),
+        ({"logits": Z + 1, "target": T}, lambda data: data[:200] + b"\xff" * 8 + data[208:], "Bad CRC-32"),
+        ({"scores": Z, "target": T}, lambda data: data, "has no array 'logits', but scores, target"),
+        ({"logits": Z}, lambda data: data, r"\[logits\] of shape \(9, 4\) does not fit"),
+    ],
+    ids=["truncated", "a flipped byte", "another name", "no targets"],
+)
+def test_an_npz_that_cannot_be_used_is_status_2(arrays, change, message, tmp_path, capsys):
+    file = tmp_path / "both.npz"
+    np.savez(file, **arrays)
+    file.write_bytes(change(file.read_bytes()))
+    assert main([str(file)]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 TEXT = {
