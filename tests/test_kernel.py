@@ -14,8 +14,8 @@ mpmath.mp.dps = 40
 
 
 def constants():
-    """The numbers that lace.c defines, float's first: {name: [float32 values, float64 values]}."""
-    text = (EXT / "lace.c").read_text().replace("\\\n", "")
+    """The numbers that lace_math.h defines, float's first: {name: [float32 values, float64 values]}."""
+    text = (EXT / "lace_math.h").read_text().replace("\\\n", "")
     found = {}
     for name, value in re.findall(
         r"^#define (EXP|LOG|LN2_HIGH|LN2_LOW|LOG2E|LOWER|ROUNDER) +(\{.*?\}|\S+)", text, re.M
