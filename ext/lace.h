@@ -7,10 +7,10 @@
  * over the classes; ref/loss.py is the definition.
  *
  * On a microcontroller: copy lace.h, lace_math.h and lace_row.c, which has no options and evaluates row by row.
- *     lace_totals_f32 totals = {{0, 0}, {0, 0}, 0, {0}};
+ *     static lace_totals_f32 totals;                          // all 0
  *     while (classify(logits, &target))                       // logits[10] and the true class of the next sample
  *         lace_row_f32(NULL, NULL, &totals, logits, target, 10);
- *     mean = (totals.loss.high + totals.loss.low) / totals.count;    correct = totals.top[0];
+ *     mean = totals.loss.high / totals.count;    correct = totals.top[0];
  *
  * With all options, many rows at once, in float or double: copy lace.h, lace_math.h, lace_rows.h and lace.c.
  *     float logits[2][3] = {{1, 4, 2}, {0, 5, 0}}, loss[2], gradient[2][3];
@@ -42,7 +42,7 @@ enum {
 typedef struct { float high, low; } lace_pair_f32; /* their exact sum, |low| at most about an ulp of high */
 typedef struct { double high, low; } lace_pair_f64;
 
-/* Of rows so far, all 0 before the first. Sums keep their rounding errors; a mean is (high + low) / count. */
+/* Of the rows so far, all 0 before the first. A mean is high / count: low keeps what has been rounded off the sum. */
 typedef struct {
     lace_pair_f32 loss, cross_entropy;
     size_t count;

@@ -155,7 +155,7 @@ static inline REAL exponential(REAL z, REAL m)
     REAL r = r1 + r0, one_r = 1 + r;
     r0 = ((r1 - r) + r0) + (r - (one_r - 1)); /* what r and 1 + r have lost */
     REAL y = one_r + (r0 + r * r * horner(c, sizeof c / sizeof *c, r));
-    BITS power = (bits_of(shifted) + (BITS)(BIAS + RAISED)) << MANTISSA;
+    BITS power = (bits_of(shifted) + (BITS)(BIAS + RAISED)) << MANTISSA; /* what else ROUNDER holds is shifted out */
     return d.high < SMALLEST_EXPONENT ? 0 : y * from_bits(power);
 }
 

@@ -4,7 +4,7 @@
 
 #define DIGITS 24
 #define NAME(x) x##_f32
-#ifdef __FP_FAST_FMAF
+#if defined(__FP_FAST_FMAF) && __ARM_ARCH_PROFILE == 'M'
 #define FUSED __builtin_fmaf /* saves 100 bytes; other bits only where the low part of a product underflows, below 2^-102 */
 #endif
 #include "lace_math.h"
@@ -33,7 +33,9 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
         }
     }
 
-    Pair others = two_sum(high * LOWER, low * LOWER), rest = others, inverse, n, p, K;
+    Pair others = two_sum(high * LOWER, low * LOWER), rest, inverse, n, p, K;
+    rest.high = others.high; /* apart: a copy of the pair would call memcpy on a Cortex-M0 */
+    rest.low = others.low;
     float largest = max - max; /* NaN beside +inf */
     if (z < max) {
         largest += 1;
@@ -50,7 +52,7 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
     pair_product(&own, &own, &inverse);      /* q */
     pair_product(&K, &own, &n);
     float l = pair_product(&others, &p, &n); /* the loss */
-    if (!finite(n.high)) {
+    if (n.high > FLT_MAX) {
         l = n.high;
         K.high = K.low = 0; /* the limit of q n */
     }

@@ -10,10 +10,8 @@
  * d) What remains of a row is a dozen operations on pairs (high, low): seven plain roundings in a row would cost 7 ulp.
  *    They take as long as 300 exponentials, but not for BATCH rows side by side.
  */
-enum { NAME(CHUNK) = 64, NAME(BATCH) = 32 };
-
-#define CHUNK NAME(CHUNK)
-#define BATCH NAME(BATCH)
+#define CHUNK ((size_t)64)
+#define BATCH ((size_t)32)
 #define Lanes NAME(Lanes)
 #define Pairs NAME(Pairs)
 #define Rows NAME(Rows)
