@@ -80,7 +80,7 @@ int main(void)
     lace_statistics_f32 statistics = {cross_entropy, probability, rank};
     if (lace_rows_f32(loss, gradient[0], logits[0], wrong, NULL, NULL, 0, 2, 3, NULL, &statistics) != 1) return 1;
     if (loss[0] != -1) return 2;
-    if (lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 0, 2, 3, NULL, &statistics) != LACE_DONE) return 3;
+    if (lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 0, 2, 3, NULL, &statistics) != -1) return 3;
     if (!(loss[0] > 0.0265308f && loss[0] < 0.0265309f)) return 4;
     if (!(loss[1] > 4.98005f && loss[1] < 4.98006f)) return 5;
     if (!(cross_entropy[0] > 0.16984f && cross_entropy[0] < 0.16985f)) return 6;
@@ -181,7 +181,7 @@ def test_one_row_has_the_bits_of_a_column(library):
 
 def test_totals_are_those_of_the_reference(library):
     rng = np.random.default_rng(0)
-    z = (3 * rng.normal(size=(20_000, 10))).astype(np.float32).round(1)  # with ties
+    z = (3 * rng.normal(size=(4000, 10))).astype(np.float32).round(1)  # with ties
     target = np.where(rng.random(len(z)) < 0.7, z.argmax(1), rng.integers(0, 10, len(z)))
     totals = Totals()
     for row, t in zip(z, target, strict=True):

@@ -78,7 +78,7 @@ static void fault(void)
     leave(99);
 }
 
-__attribute__((section(".vectors"), used)) static const void *const vectors[] = {
-    &stack_top, (const void *)reset, (const void *)fault, (const void *)fault, (const void *)fault, (const void *)fault,
-    (const void *)fault,
-};
+__attribute__((section(".vectors"), used)) static const struct {
+    const void *stack;
+    void (*handlers[6])(void);
+} vectors = {&stack_top, {reset, fault, fault, fault, fault, fault}};
