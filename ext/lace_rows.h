@@ -81,13 +81,17 @@ static void exponentials(REAL *restrict e, const REAL *restrict z, REAL m, size_
 }
 
 /* A zero of which no compiler knows: to fill memory with one that it knows it calls memset, which may not be there. */
-static const volatile REAL zero = 0;
+static inline REAL zero(void)
+{
+    volatile REAL x = 0;
+    return x;
+}
 
 typedef struct { REAL high[CHUNK], low[CHUNK]; } Lanes; /* term j goes to lane j modulo CHUNK */
 
 static inline void clear(Lanes *sum)
 {
-    const REAL nothing = zero;
+    const REAL nothing = zero();
     for (size_t l = 0; l < CHUNK; l++) sum->high[l] = sum->low[l] = nothing;
 }
 
@@ -286,7 +290,7 @@ static void hard_columns(Rows *rows, const Job *job, size_t i, size_t count, siz
     const REAL *z = job->logits + i;
     REAL *e = fits || !gradient ? tile : gradient;
     const size_t z_step = fits ? BATCH : stride, e_step = fits ? BATCH : gradient ? stride : 0;
-    const REAL nothing = zero;
+    const REAL nothing = zero();
     BITS t[BATCH]; /* as wide as REAL, so that a compiler compares several at once */
     Results x;
     for (size_t r = 0; r < count; r++) {
@@ -421,7 +425,7 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
     const int64_t why = refused(missing, probability ? NULL : target, n, k, n, options->ignore_index);
     if (why != LACE_DONE) return why;
     const Job job = {loss, gradient, logits, target, probability, scale, step, k, options};
-    const REAL nothing = zero;
+    const REAL nothing = zero();
     const size_t fitting = NEAR / k, limit = fitting < 1 ? 1 : fitting < BATCH ? fitting : BATCH;
     size_t index[BATCH], count = 0;
     Rows rows;
