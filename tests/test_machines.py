@@ -227,7 +227,7 @@ def answers(command, dtype, level):
     [(machine, 0) for machine in ("here", "cortex-m0", *LINUX, "wasm32")]
     + [(machine, 0x0C800000) for machine in ("cortex-m4", "cortex-m55")],  # fused: other bits below 2^-102
 )
-def test_one_row_has_the_bits_of_many_on_every_machine(machine, below, vectors_program):
+def test_a_row_alone_has_the_bits_of_many_on_every_machine(machine, below, vectors_program):
     here, dtype, _ = vectors_program("here", "f32")
     there, _, levels = vectors_program(machine, "row")
     for level in levels:

@@ -159,7 +159,7 @@ static int read_case(void)
             next();
             n = (size_t)integer();
             next();
-            z[n] = real();
+            if (n < ROOM) z[n] = real();
         } else if (same(word, "target"))
             while (next() && n < FEW) target[n++] = integer();
         else if (same(word, "probabilities"))
@@ -185,7 +185,8 @@ static int read_case(void)
     samples = inner = 1;
     for (size_t i = 2; i < axes; i++) inner *= shape[i];
     if (axes > 1) samples = shape[0] * inner;
-    return axes > 0 && samples * classes <= ROOM && (samples <= FEW);
+    const int plain = inner == 1 && !has_probability && !has_weight;
+    return axes > 0 && samples <= FEW && samples * classes <= (plain ? ROOM : FEW);
 }
 
 #ifdef ROW
