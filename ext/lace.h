@@ -6,11 +6,20 @@
  * each within 4 ulp of the exact value for any finite logits. With probabilities, label smoothing or weights L is a sum
  * over the classes; ref/loss.py is the definition.
  *
+ * On a microcontroller: copy lace.h, lace_math.h and lace_row.c, which has no options and evaluates row by row.
+ *     static lace_totals_f32 totals;                          // all 0
+ *     while (classify(logits, &target))                       // logits[10] and the true class of the next sample
+ *         lace_row_f32(NULL, NULL, &totals, logits, target, 10);
+ *     mean = totals.loss.high / totals.count;    correct = totals.top[0];
+ *
+ * With all options, many rows at once, in float or double: copy lace.h, lace_math.h, lace_rows.h and lace.c.
  *     float logits[2][3] = {{1, 4, 2}, {0, 5, 0}}, loss[2], gradient[2][3];
  *     int64_t target[2] = {1, 0};
  *     lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 0, 2, 3, NULL, NULL);
  *
- * Compile with contraction off (-ffp-contract=off) for the same bits everywhere, and never with -ffast-math.
+ * Compile with contraction off (-ffp-contract=off, or -std=c99 with GCC) for the same bits everywhere, and never with
+ * -ffast-math. What the compiler calls must be there: nothing of libc, but on a processor without floating point its own
+ * library (-lgcc).
  */
 #ifndef LACE_H
 #define LACE_H
@@ -21,6 +30,33 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/* What the functions return, beside the number of the first row whose target is not allowed. Unless it is LACE_DONE,
+ * nothing has been written. */
+enum {
+    LACE_DONE = -1,
+    LACE_NULL = -2, /* an address is missing */
+    LACE_SIZE = -3  /* no class, or more values than memory has bytes for */
+};
+
+typedef struct { float high, low; } lace_pair_f32; /* their exact sum, |low| at most about an ulp of high */
+typedef struct { double high, low; } lace_pair_f64;
+
+/* Of the rows so far, all 0 before the first. A mean is high / count: low keeps what has been rounded off the sum. */
+typedef struct {
+    lace_pair_f32 loss, cross_entropy;
+    size_t count;
+    size_t top[5]; /* top[i]: rows whose class is among the i + 1 that lead in the order of falling logits */
+} lace_totals_f32;
+
+/* Loss and gradient of one row of k logits at strength 1; at strength s it is (1-s) cross entropy + s loss.
+ *     loss         written, or NULL
+ *     gradient     k values, written, or NULL
+ *     totals       the row is added, or NULL
+ *     logits       k values; may not overlap an output
+ *     target       class index, less than k
+ * Returns LACE_DONE, 0 if the target is no class, or another of the codes above. */
+int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const float *logits, size_t target, size_t k);
 
 typedef struct {
     const float *weight;    /* k class weights, or NULL for 1 */
@@ -60,7 +96,7 @@ typedef struct {
  *                  rows; or NULL for 1
  *     options      NULL for no weights, no smoothing, strength 1, ignore_index -100
  *     statistics   written, or NULL; there are none for probabilities
- * Returns -1, or the first row whose target is not allowed; then nothing has been written. */
+ * Returns LACE_DONE, the number of the first row whose target is not allowed, or another of the codes above. */
 int64_t lace_rows_f32(float *loss, float *gradient, const float *logits, const int64_t *target,
                       const float *probability, const float *scale, size_t step, size_t n, size_t k,
                       const lace_options_f32 *options, const lace_statistics_f32 *statistics);

@@ -1,4 +1,4 @@
-/* The mathematics of one row in terms of REAL; lace.c includes this once for float and once for double.
+/* Many rows in terms of REAL, after lace_math.h; lace.c includes both once for float and once for double.
  *
  * Design.
  * a) Every exponential is taken of z - max with the rounding error of the subtraction put back: without it the error of
@@ -10,35 +10,26 @@
  * d) What remains of a row is a dozen operations on pairs (high, low): seven plain roundings in a row would cost 7 ulp.
  *    They take as long as 300 exponentials, but not for BATCH rows side by side.
  */
-enum { NAME(CHUNK) = 64, NAME(BATCH) = 32 };
-
-#define CHUNK NAME(CHUNK)
-#define BATCH NAME(BATCH)
-#define Pair NAME(Pair)
+#define CHUNK ((size_t)64)
+#define BATCH ((size_t)32)
 #define Lanes NAME(Lanes)
 #define Pairs NAME(Pairs)
 #define Rows NAME(Rows)
 #define Job NAME(Job)
 #define Terms NAME(Terms)
 #define Target NAME(Target)
-#define bits_of NAME(bits_of)
-#define from_bits NAME(from_bits)
-#define finite NAME(finite)
-#define two_sum NAME(two_sum)
-#define two_product NAME(two_product)
 #define add NAME(add)
 #define multiply NAME(multiply)
 #define divide NAME(divide)
 #define rounded NAME(rounded)
 #define weighted NAME(weighted)
-#define horner NAME(horner)
-#define exponential NAME(exponential)
+#define zero NAME(zero)
+#define clear NAME(clear)
 #define Results NAME(Results)
 #define hard_formulas NAME(hard_formulas)
 #define weigh NAME(weigh)
 #define hard_columns NAME(hard_columns)
 #define exponentials NAME(exponentials)
-#define log_1_plus NAME(log_1_plus)
 #define accumulate NAME(accumulate)
 #define half_of NAME(half_of)
 #define total NAME(total)
@@ -52,64 +43,25 @@ enum { NAME(CHUNK) = 64, NAME(BATCH) = 32 };
 #define describe NAME(describe)
 #define class_terms NAME(class_terms)
 #define soft_rows NAME(soft_rows)
-#define first_wrong NAME(first_wrong)
+#define refused NAME(refused)
 
-typedef struct { REAL high, low; } Pair; /* their exact sum, |low| at most about an ulp of high */
-
-static inline BITS bits_of(REAL x)
-{
-    union { REAL real; BITS bits; } u;
-    u.real = x;
-    return u.bits;
-}
-
-static inline REAL from_bits(BITS b)
-{
-    union { BITS bits; REAL real; } u;
-    u.bits = b;
-    return u.real;
-}
-
-static inline int finite(REAL x)
-{
-    return x - x == 0;
-}
-
-static inline Pair two_sum(REAL a, REAL b)
-{
-    REAL s = a + b, b_in_s = s - a;
-    Pair p = {s, (a - (s - b_in_s)) + (b - b_in_s)};
-    return p;
-}
-
-static inline Pair two_product(REAL a, REAL b)
-{
-    REAL a1 = from_bits(bits_of(a) & HIGH_HALF), a0 = a - a1;
-    REAL b1 = from_bits(bits_of(b) & HIGH_HALF), b0 = b - b1;
-    REAL p = a * b;
-    Pair r = {p, ((a1 * b1 - p) + a1 * b0 + a0 * b1) + a0 * b0};
-    return r;
-}
-
+/* As values, for formulas that read like formulas. */
 static inline Pair add(Pair a, Pair b)
 {
-    Pair s = two_sum(a.high, b.high);
-    return two_sum(s.high, finite(s.high) ? s.low + (a.low + b.low) : 0); /* beside an infinity a low part is NaN */
+    pair_sum(&a, &a, &b);
+    return a;
 }
 
 static inline Pair multiply(Pair a, Pair b)
 {
-    Pair p = two_product(a.high, b.high);
-    p.low += a.high * b.low + a.low * b.high;
-    return p;
+    pair_product(&a, &a, &b);
+    return a;
 }
 
 static inline Pair divide(Pair a, Pair b)
 {
-    REAL q = a.high / b.high;
-    Pair p = two_product(q, b.high);
-    Pair r = {q, (((a.high - p.high) - p.low) + (a.low - q * b.low)) / b.high};
-    return r;
+    pair_quotient(&a, &a, &b);
+    return a;
 }
 
 static inline REAL rounded(Pair a)
@@ -123,50 +75,25 @@ static inline REAL weighted(REAL a, REAL f)
     return a == 0 && f == f && !finite(f) ? 0 : a * f;
 }
 
-static inline REAL horner(const REAL *c, int n, REAL x)
-{
-    REAL y = c[n - 1];
-    for (int i = n - 2; i >= 0; i--) y = y * x + c[i];
-    return y;
-}
-
-/* 2^RAISED exp(z - m) for z <= m; 0 for -inf, NaN for NaN and for inf - inf. */
-static inline REAL exponential(REAL z, REAL m)
-{
-    static const REAL c[] = EXP;
-    Pair d = two_sum(z, -m);
-    REAL shifted = d.high * LOG2E + ROUNDER;
-    REAL n = shifted - ROUNDER;
-    REAL r1 = d.high - n * LN2_HIGH; /* exact */
-    REAL r0 = d.low - n * LN2_LOW;
-    REAL r = r1 + r0, one_r = 1 + r;
-    r0 = ((r1 - r) + r0) + (r - (one_r - 1)); /* what r and 1 + r have lost */
-    REAL y = one_r + (r0 + r * r * horner(c, sizeof c / sizeof *c, r));
-    BITS power = (bits_of(shifted) - bits_of(ROUNDER) + (BITS)(BIAS + RAISED)) << MANTISSA;
-    return d.high < SMALLEST_EXPONENT ? 0 : y * from_bits(power);
-}
-
 static void exponentials(REAL *restrict e, const REAL *restrict z, REAL m, size_t count)
 {
     for (size_t i = 0; i < count; i++) e[i] = exponential(z[i], m);
 }
 
-/* log(1 + x) for x >= 0, good to about 2^-28 (float) or 2^-58 (double) of itself. */
-static Pair log_1_plus(Pair x)
+/* A zero of which no compiler knows: to fill memory with one that it knows it calls memset, which may not be there. */
+static inline REAL zero(void)
 {
-    static const REAL c[] = LOG;
-    REAL u = 1 + x.high;
-    SIGNED k = (SIGNED)((bits_of(u) + (ONE_BITS - SQRT_HALF_BITS)) >> MANTISSA) - BIAS; /* u / 2^k in sqrt 1/2 .. sqrt 2 */
-    REAL down = from_bits((BITS)(BIAS - k) << MANTISSA), n = (REAL)k;
-    Pair f = two_sum(down - 1, down * x.high), two = {2, 0}, n_ln2 = {n * LN2_HIGH, n * LN2_LOW};
-    f.low += down * x.low;
-    Pair s = divide(f, add(two, f));
-    REAL s2 = s.high * s.high;
-    Pair log_f = {2 * s.high, 2 * s.low + s.high * s2 * horner(c, sizeof c / sizeof *c, s2)};
-    return add(n_ln2, log_f);
+    volatile REAL x = 0;
+    return x;
 }
 
 typedef struct { REAL high[CHUNK], low[CHUNK]; } Lanes; /* term j goes to lane j modulo CHUNK */
+
+static inline void clear(Lanes *sum)
+{
+    const REAL nothing = zero();
+    for (size_t l = 0; l < CHUNK; l++) sum->high[l] = sum->low[l] = nothing;
+}
 
 /* Half of the lanes that k terms reach, rounded up to a power of two; 0 if that is one lane. */
 static inline size_t half_of(size_t k)
@@ -204,7 +131,7 @@ static REAL maximum(const REAL *z, size_t k)
 {
     const size_t half = half_of(k), first = k < CHUNK ? k : CHUNK;
     REAL max[CHUNK];
-    for (size_t l = 0; l < first; l++) max[l] = z[l];
+    for (size_t l = 0; l < first; l++) max[l] = z[l] > z[0] ? z[l] : z[0]; /* a plain copy would call memcpy */
     for (size_t l = first; l < 2 * half; l++) max[l] = z[0];
     for (size_t j = CHUNK; j < k; j += CHUNK) {
         const size_t count = k - j < CHUNK ? k - j : CHUNK;
@@ -242,7 +169,8 @@ typedef struct {
 /* Starts row r. Leaves 2^RAISED exp(z_j - max), and 0 at `out`, in `e` unless that is NULL. */
 static void sum_exponentials(Rows *rows, size_t r, REAL *e, const REAL *z, size_t k, REAL max, size_t out)
 {
-    Lanes lanes = {{0}, {0}};
+    Lanes lanes;
+    clear(&lanes);
     for (size_t j = 0; j < k; j += CHUNK) {
         REAL here[CHUNK], *block = e ? e + j : here;
         const size_t count = k - j < CHUNK ? k - j : CHUNK;
@@ -270,7 +198,8 @@ static void finish_sums(Rows *rows, size_t count)
         rest.high -= (small ? 1 : 0) + (rows->max[r] - rows->max[r]); /* NaN beside +inf */
         rest = add(rest, own);
         set(&rows->inverse, r, divide(one, add(rest, one)));
-        set(&rows->log_sum, r, log_1_plus(rest));
+        log_1_plus(&rest, &rest);
+        set(&rows->log_sum, r, rest);
     }
 }
 
@@ -361,24 +290,24 @@ static void hard_columns(Rows *rows, const Job *job, size_t i, size_t count, siz
     const REAL *z = job->logits + i;
     REAL *e = fits || !gradient ? tile : gradient;
     const size_t z_step = fits ? BATCH : stride, e_step = fits ? BATCH : gradient ? stride : 0;
+    const REAL nothing = zero();
     BITS t[BATCH]; /* as wide as REAL, so that a compiler compares several at once */
     Results x;
     for (size_t r = 0; r < count; r++) {
         const int ignored = job->target[i + r] == job->options->ignore_index;
         t[r] = ignored ? (BITS)-1 : (BITS)job->target[i + r];
-        x.w[r] = x.g[r] = 0;
+        x.w[r] = x.g[r] = nothing;
         if (!ignored) weigh(&x, r, job, i + r);
-        rows->max[r] = z[r];
-        rows->own[r] = rows->others.high[r] = rows->others.low[r] = 0;
+        rows->max[r] = z[r] - nothing; /* a plain copy would call memcpy */
+        rows->z[r] = rows->own[r] = rows->others.high[r] = rows->others.low[r] = nothing;
     }
     for (size_t j = 0; j < k; j++)
         for (size_t r = 0; r < count; r++) {
             REAL value = z[j * stride + r];
             rows->max[r] = value > rows->max[r] ? value : rows->max[r];
-            if (fits) tile[j * BATCH + r] = value;
+            if (fits) tile[j * BATCH + r] = value - nothing;
         }
     if (fits) z = tile;
-    for (size_t r = 0; r < count; r++) rows->z[r] = rows->max[r];
     for (size_t j = 0; j < k; j++)
         for (size_t r = 0; r < count; r++) {
             const int mine = t[r] == (BITS)j;
@@ -453,8 +382,10 @@ static void soft_rows(Rows *rows, const Job *job, const size_t *index, size_t co
         REAL *row = job->gradient ? job->gradient + i * k : NULL;
         Target y = {job->probability ? job->probability + i * k : NULL, job->options->weight, 0, k, top[r],
                     1 - e, e / (REAL)k, job->options->strength};
-        Lanes losses = {{0}, {0}}, slopes = {{0}, {0}};
+        Lanes losses, slopes;
         Terms x;
+        clear(&losses);
+        clear(&slopes);
         if (!job->probability) y.t = (size_t)job->target[i];
         for (size_t j = 0; j < k; j += CHUNK) {
             const size_t part = k - j < CHUNK ? k - j : CHUNK;
@@ -473,30 +404,35 @@ static void soft_rows(Rows *rows, const Job *job, const size_t *index, size_t co
     }
 }
 
-/* The first of n targets that is neither a class nor ignored, or -1. */
-static int64_t first_wrong(const int64_t *target, size_t n, size_t k, int64_t ignore_index)
+/* LACE_DONE if n rows or, `stride` apart, columns of k values can be worked on; else what lace.h says. */
+static int64_t refused(int missing, const int64_t *target, size_t n, size_t k, size_t stride, int64_t ignore_index)
 {
-    for (size_t i = 0; i < n; i++)
+    if (k == 0 || n > stride || stride > SIZE_MAX / sizeof(REAL) / k) return LACE_SIZE;
+    if (missing && n > 0) return LACE_NULL;
+    for (size_t i = 0; target && i < n; i++)
         if (target[i] != ignore_index && (target[i] < 0 || (uint64_t)target[i] >= k)) return (int64_t)i;
-    return -1;
+    return LACE_DONE;
 }
 
 int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const int64_t *target, const REAL *probability,
                         const REAL *scale, size_t step, size_t n, size_t k, const OPTIONS *options,
                         const STATISTICS *statistics)
 {
-    const OPTIONS defaults = {NULL, 0, 1, -100};
+    static const OPTIONS defaults = {NULL, 0, 1, -100};
     if (!options) options = &defaults;
-    const int64_t wrong = probability ? -1 : first_wrong(target, n, k, options->ignore_index);
-    if (wrong >= 0) return wrong;
+    const int missing = !loss || !logits || !(target || probability) ||
+                        (statistics && !(statistics->cross_entropy && statistics->probability && statistics->rank));
+    const int64_t why = refused(missing, probability ? NULL : target, n, k, n, options->ignore_index);
+    if (why != LACE_DONE) return why;
     const Job job = {loss, gradient, logits, target, probability, scale, step, k, options};
+    const REAL nothing = zero();
     const size_t fitting = NEAR / k, limit = fitting < 1 ? 1 : fitting < BATCH ? fitting : BATCH;
     size_t index[BATCH], count = 0;
     Rows rows;
     for (size_t i = 0; i < n; i++) {
         if (!probability && target[i] == options->ignore_index) {
             loss[i] = 0;
-            for (size_t j = 0; gradient && j < k; j++) gradient[i * k + j] = 0;
+            for (size_t j = 0; gradient && j < k; j++) gradient[i * k + j] = nothing;
             if (statistics) {
                 statistics->cross_entropy[i] = statistics->probability[i] = 0;
                 statistics->rank[i] = (int64_t)k;
@@ -514,25 +450,26 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
             count = 0;
         }
     }
-    return -1;
+    return LACE_DONE;
 }
 
 int64_t NAME(lace_columns)(REAL *loss, REAL *gradient, const REAL *logits, const int64_t *target, const REAL *scale,
                            size_t step, size_t n, size_t k, size_t stride, const OPTIONS *options)
 {
-    const OPTIONS defaults = {NULL, 0, 1, -100};
+    static const OPTIONS defaults = {NULL, 0, 1, -100};
     if (!options) options = &defaults;
-    const int64_t wrong = first_wrong(target, n, k, options->ignore_index);
-    if (wrong >= 0) return wrong;
+    const int64_t why = refused(!loss || !logits || !target, target, n, k, stride, options->ignore_index);
+    if (why != LACE_DONE) return why;
     const Job job = {loss, gradient, logits, target, NULL, scale, step, k, options};
     Rows rows;
     for (size_t i = 0; i < n; i += BATCH) hard_columns(&rows, &job, i, n - i < BATCH ? n - i : BATCH, stride);
-    return -1;
+    return LACE_DONE;
 }
 
 void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 {
-    Lanes lanes = {{0}, {0}};
+    Lanes lanes;
+    clear(&lanes);
     for (size_t j = 0; j < n; j += CHUNK) accumulate(&lanes, values + j, n - j < CHUNK ? n - j : CHUNK);
     Pair all = total(&lanes, n);
     sum[0] = all.high;
@@ -540,6 +477,7 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 }
 
 /* for the next type */
+#undef DIGITS
 #undef REAL
 #undef BITS
 #undef SIGNED
@@ -560,33 +498,38 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 #undef LN2_LOW
 #undef EXP
 #undef LOG
+#undef Pair
+#undef bits_of
+#undef from_bits
+#undef finite
+#undef two_sum
+#undef two_product
+#undef pair_sum
+#undef pair_product
+#undef pair_quotient
+#undef horner
+#undef exponential
+#undef log_1_plus
 #undef CHUNK
 #undef BATCH
-#undef Pair
 #undef Lanes
 #undef Pairs
 #undef Rows
 #undef Job
 #undef Terms
 #undef Target
-#undef bits_of
-#undef from_bits
-#undef finite
-#undef two_sum
-#undef two_product
 #undef add
 #undef multiply
 #undef divide
 #undef rounded
 #undef weighted
-#undef horner
-#undef exponential
+#undef zero
+#undef clear
 #undef Results
 #undef hard_formulas
 #undef weigh
 #undef hard_columns
 #undef exponentials
-#undef log_1_plus
 #undef accumulate
 #undef half_of
 #undef total
@@ -600,4 +543,4 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 #undef describe
 #undef class_terms
 #undef soft_rows
-#undef first_wrong
+#undef refused

@@ -1,5 +1,7 @@
 """The C kernel by itself: where its coefficients come from, and that any C99 compiler takes it without a warning."""
 
+import ctypes
+import platform
 import re
 import shutil
 import subprocess
@@ -8,14 +10,17 @@ from pathlib import Path
 import mpmath
 import numpy as np
 import pytest
+import tolerances
+
+from lace_loss import ref
 
 EXT = Path(__file__).parent.parent / "ext"
 mpmath.mp.dps = 40
 
 
 def constants():
-    """The numbers that lace.c defines, float's first: {name: [float32 values, float64 values]}."""
-    text = (EXT / "lace.c").read_text().replace("\\\n", "")
+    """The numbers that lace_math.h defines, float's first: {name: [float32 values, float64 values]}."""
+    text = (EXT / "lace_math.h").read_text().replace("\\\n", "")
     found = {}
     for name, value in re.findall(
         r"^#define (EXP|LOG|LN2_HIGH|LN2_LOW|LOG2E|LOWER|ROUNDER) +(\{.*?\}|\S+)", text, re.M
@@ -82,38 +87,168 @@ int main(void)
     if (!(cross_entropy[0] > 0.16984f && cross_entropy[0] < 0.16985f)) return 6;
     if (!(probability[0] > 0.84379f && probability[0] < 0.84380f)) return 7;
     if (rank[0] != 0 || rank[1] != 1) return 8;
+    static lace_totals_f32 totals;
+    float alone[2];
+    for (int i = 0; i < 2; i++)
+        if (lace_row_f32(&alone[i], NULL, &totals, logits[i], (size_t)target[i], 3) != LACE_DONE) return 9;
+    if (alone[0] != loss[0] || alone[1] != loss[1] || totals.count != 2 || totals.top[0] != 1) return 10;
     return 0;
 }
 """
 
 
-@pytest.mark.parametrize("compiler", ["gcc", "clang", "g++"])
-def test_a_c_program_compiles_without_a_warning_and_runs(compiler, tmp_path):
+STRICT = ["-Wall", "-Wextra", "-pedantic", "-Wconversion", "-Wdouble-promotion", "-Werror", "-ffp-contract=off"]
+
+
+@pytest.mark.parametrize("language", ["-std=c99", "-xc++"])
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_a_program_in_c_or_c_plus_plus_compiles_without_a_warning_and_runs(compiler, language, tmp_path):
     if not shutil.which(compiler):
         pytest.skip(f"no {compiler} on this machine")
-    source = tmp_path / ("main.cpp" if compiler == "g++" else "main.c")
-    source.write_text(PROGRAM)
-    strict = [
-        "-Wall",
-        "-Wextra",
-        "-pedantic",
-        "-Wconversion",
-        "-Wdouble-promotion",
-        "-Werror",
-        "-O2",
-        "-ffp-contract=off",
-        f"-I{EXT}",
-    ]
-    language = [] if compiler == "g++" else ["-std=c99"]
-    cc = "gcc" if compiler == "g++" else compiler
-    subprocess.run([cc, "-std=c99", *strict, "-c", EXT / "lace.c", "-o", tmp_path / "lace.o"], check=True)
-    subprocess.run([compiler, *language, *strict, source, tmp_path / "lace.o", "-o", tmp_path / "program"], check=True)
+    (tmp_path / "main.c").write_text(PROGRAM)
+    sources = [tmp_path / "main.c", EXT / "lace.c", EXT / "lace_row.c"]
+    command = [compiler, language, *STRICT, "-O2", f"-I{EXT}", *sources, "-o", tmp_path / "program"]
+    subprocess.run(command, check=True)
     assert subprocess.run([tmp_path / "program"]).returncode == 0
 
 
-def test_fast_math_is_refused(tmp_path):
-    made = subprocess.run(
-        ["gcc", "-ffast-math", "-c", EXT / "lace.c", "-o", tmp_path / "lace.o"], capture_output=True, text=True
-    )
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-ffast-math"], "-ffast-math breaks"),
+        (["-funsafe-math-optimizations"], "-ffast-math breaks"),
+        pytest.param(
+            ["-m32", "-mfpmath=387"],
+            "float is worked on in a wider type here; on x86 add",
+            marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="no x87 here"),
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("source", ["lace.c", "lace_row.c"])
+def test_arithmetic_that_is_not_ieee_is_refused(source, flags, message):
+    command = ["gcc", *flags, "-ffreestanding", "-fsyntax-only", EXT / source]
+    made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode != 0
-    assert "-ffast-math breaks" in made.stderr
+    assert message in made.stderr
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """lace_row.c and lace.c for ctypes."""
+    path = tmp_path_factory.mktemp("library") / "lace.so"
+    sources = [EXT / "lace_row.c", EXT / "lace.c"]
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-ffp-contract=off", *sources, "-o", path], check=True)
+    library = ctypes.CDLL(str(path))
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    library.lace_row_f32.argtypes = [pointer] * 4 + [size] * 2
+    for dtype in ("f32", "f64"):
+        rows, columns = getattr(library, f"lace_rows_{dtype}"), getattr(library, f"lace_columns_{dtype}")
+        rows.restype = columns.restype = ctypes.c_int64
+        rows.argtypes = [pointer] * 6 + [size] * 3 + [pointer] * 2
+        columns.argtypes = [pointer] * 5 + [size] * 4 + [pointer]
+    return library
+
+
+class Totals(ctypes.Structure):
+    _fields_ = (
+        ("loss", ctypes.c_float * 2),
+        ("cross_entropy", ctypes.c_float * 2),
+        ("count", ctypes.c_size_t),
+        ("top", ctypes.c_size_t * 5),
+    )
+
+
+DONE, NULL, SIZE = -1, -2, -3
+
+
+def test_one_row_has_the_bits_of_a_column(library):
+    """Every kind of margin, up to where losses underflow; ties, infinities and NaN."""
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        k = rng.integers(1, 200)
+        z = np.float32(rng.normal(size=k) * rng.choice([0, 0.01, 1, 10, 60]))
+        z[rng.random(k) < 0.01] = rng.choice([np.inf, -np.inf, np.nan, 3e38, -3e38])
+        target = np.array([rng.integers(k)])
+        if rng.random() < 0.5:
+            z[target] += np.float32(rng.uniform(-110, 110))
+        one, column = np.empty((2, 1 + k), np.float32)
+        alone = np.empty(1, np.float32)
+        at = column.ctypes.data
+        library.lace_columns_f32(at, at + 4, z.ctypes.data, target.ctypes.data, None, 0, 1, k, 1, None)
+        at = one.ctypes.data
+        assert library.lace_row_f32(at, at + 4, None, z.ctypes.data, target[0], k) == DONE
+        assert library.lace_row_f32(alone.ctypes.data, None, None, z.ctypes.data, target[0], k) == DONE
+        assert np.array_equal(np.isnan(one), np.isnan(column))
+        assert one[one == one].tobytes() == column[column == column].tobytes()
+        assert alone.tobytes() == one[:1].tobytes() or np.isnan(one[0])
+
+
+def test_totals_are_those_of_the_reference(library):
+    rng = np.random.default_rng(0)
+    z = (3 * rng.normal(size=(4000, 10))).astype(np.float32).round(1)  # with ties
+    target = np.where(rng.random(len(z)) < 0.7, z.argmax(1), rng.integers(0, 10, len(z)))
+    totals = Totals()
+    for row, t in zip(z, target, strict=True):
+        assert library.lace_row_f32(None, None, ctypes.byref(totals), row.ctypes.data, t, 10) == DONE
+    z_t = z[np.arange(len(z)), target, None]
+    rank = (z > z_t).sum(1) + ((z == z_t) & (np.arange(10) < target[:, None])).sum(1)
+    assert totals.count == len(z)
+    assert list(totals.top) == [(rank <= i).sum() for i in range(5)]
+    for found, strength in ((totals.loss, 1), (totals.cross_entropy, 0)):
+        mean = ref.forward(z, target, strength=strength)
+        assert abs(found[0] / len(z) - mean) <= tolerances.ULP["kernel"] * 2**-24 * mean
+
+
+def test_an_infinite_loss_makes_the_mean_infinite_and_nan_ranks_as_larger(library):
+    totals = Totals()
+    z = np.float32([[1, -np.inf, 0], [0, 1, 2]])
+    for row, t in zip(z, (1, 2), strict=True):
+        library.lace_row_f32(None, None, ctypes.byref(totals), row.ctypes.data, t, 3)
+    assert totals.loss[0] == totals.cross_entropy[0] == np.inf
+    assert list(totals.top) == [1, 1, 2, 2, 2]
+    totals, nan = Totals(), np.float32([0, np.nan, 1])
+    library.lace_row_f32(None, None, ctypes.byref(totals), nan.ctypes.data, 2, 3)
+    assert np.isnan(totals.loss[0])
+    assert list(totals.top) == [0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("k_target", [(0, 0, SIZE), (3, 3, 0), (3, 2**32, 0), (3, 2**64 - 1, 0)], ids=str)
+def test_one_row_that_cannot_be_worked_on_is_refused_and_nothing_is_written(library, k_target):
+    k, target, code = k_target
+    z, out, totals = np.zeros(3, np.float32), np.full(4, 7, np.float32), Totals()
+    at = out.ctypes.data
+    assert library.lace_row_f32(at, at + 4, ctypes.byref(totals), z.ctypes.data, target, k) == code
+    assert library.lace_row_f32(at, at + 4, ctypes.byref(totals), None, 0, 3) == NULL
+    assert set(out) == {7}
+    assert bytes(totals) == bytes(ctypes.sizeof(totals))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_rows_that_cannot_be_worked_on_are_refused_and_nothing_is_written(library, dtype):
+    rows, columns = getattr(library, f"lace_rows_{dtype}"), getattr(library, f"lace_columns_{dtype}")
+    kind = {"f32": np.float32, "f64": np.float64}[dtype]
+    z, loss, gradient, t = np.zeros(6, kind), np.full(2, 7, kind), np.full(6, 7, kind), np.array([0, 1])
+    most = 2**64 // z.itemsize
+
+    def tried(n=2, k=3, loss=loss, z=z, target=t):
+        """Result of both, which must be the same."""
+        first = [None if array is None else array.ctypes.data for array in (loss, gradient, z, target)]
+        by_rows = rows(*first, None, None, 0, n, k, None, None)
+        assert columns(*first, None, 0, n, k, n, None) == by_rows
+        return by_rows
+
+    assert tried(k=0) == tried(n=0, k=0) == SIZE
+    assert tried(n=most, k=2) == tried(n=2, k=most) == tried(n=2**32, k=2**32) == tried(n=2**63, k=2) == SIZE
+    for name in ("loss", "z", "target"):
+        assert tried(**{name: None}) == NULL
+    for wrong in (3, -1, -99, 2**32, -(2**63)):
+        assert tried(target=np.array([0, wrong])) == 1
+    assert columns(loss.ctypes.data, None, z.ctypes.data, t.ctypes.data, None, 0, 2, 3, 1, None) == SIZE  # they overlap
+    found = (ctypes.c_void_p * 3)(loss.ctypes.data, None, loss.ctypes.data)
+    first = loss.ctypes.data, gradient.ctypes.data, z.ctypes.data, t.ctypes.data
+    assert rows(*first, None, None, 0, 2, 3, None, found) == NULL
+    assert set(loss) | set(gradient) == {7}
+    assert rows(None, None, None, None, None, None, 0, 0, 3, None, None) == DONE
+    assert tried() == DONE
+    assert 7 not in set(loss) | set(gradient)

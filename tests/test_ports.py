@@ -1,6 +1,6 @@
 """The ports of tests/ports, each certified by the checker as its head says, and used as their users do.
 
-Needs jax and keras (`pip install '.[peers]'`), node, rustc and a C compiler.
+Needs jax and keras (`pip install '.[peers]'`), node and rustc. The port in C, through_header.c, is test_machines.py's.
 """
 
 import os
@@ -17,7 +17,6 @@ from lace_loss.ref.__main__ import main
 from lace_loss.ref.check import VECTORS, judge, read
 
 PORTS = Path(__file__).parent / "ports"
-EXT = Path(__file__).parent.parent / "ext"
 LEVELS = ["core", "gradient", "batch", "layout", "large"]
 
 
@@ -50,14 +49,6 @@ def test_the_rust_port_is_exact_in_float32_and_plain_in_float64(dtype, plain, to
     command = [tool("rustc"), "-O", "--edition", "2021", "-D", "warnings", "-o", tmp_path / "port", PORTS / "lace.rs"]
     subprocess.run(command, check=True)
     certify(capsys, "--command", tmp_path / "port", "--dtypes", dtype, *plain)
-
-
-@pytest.mark.parametrize(("dtype", "real"), [("f32", "float"), ("f64", "double")])
-def test_a_c_program_through_the_header_is_exact(dtype, real, tool, tmp_path, capsys):
-    flags = ["-std=c99", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-pedantic", "-Werror", f"-DTYPE={real}"]
-    sources = [PORTS / "through_header.c", EXT / "lace.c"]
-    subprocess.run([tool("cc"), *flags, f"-I{EXT}", "-o", tmp_path / "port", *sources, "-lm"], check=True)
-    certify(capsys, "--command", tmp_path / "port", "--dtypes", dtype)
 
 
 @pytest.mark.parametrize(("dtype", "levels"), [("f32", [*LEVELS, "second"]), ("f64", ["gradient", "large"])])

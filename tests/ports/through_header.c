@@ -1,172 +1,278 @@
-/* LACE in C, by the kernel's header: what a program does around lace_rows_f32, here the checker's questions. Without malloc.
+/* LACE in C, by the kernel's header: a program around it, here one that answers golden vectors by the protocol of
+ * ref/vectors/README.md: a file's cases in, `loss` and `gradient` out. Exact in float32 and float64 (-DF64):
  *
- * Certified at the levels core, gradient, batch, layout and large within the exact tolerances, in float32 and float64:
- *
- *     cc -O2 -ffp-contract=off -Iext -o port tests/ports/through_header.c ext/lace.c
+ *     cc -std=c99 -O2 -ffp-contract=off -Iext -o port tests/ports/through_header.c ext/lace.c
  *     python -m lace_loss.ref check --command ./port --levels core gradient batch layout large --dtypes f32
  *
- * and for float64 with cc -DREAL=double ... and --dtypes f64.
+ * For float with lace.c or, if ROW is defined, with lace_row.c; for double if F64 is defined. Without an operating system
+ * (-ffreestanding) get, put and the call of main are the machine's. Exit status 2 where the input is not what it can read.
  */
 #include "lace.h"
 
-#include <math.h>
+#if __STDC_HOSTED__
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#ifndef TYPE
-#define TYPE float
+#define get getchar
+#define put putchar
+#else
+int get(void); /* the next byte of the input, or negative at its end */
+int put(int byte);
+int main(void);
 #endif
-#define float_OF(name) name##_f32
-#define double_OF(name) name##_f64
-#define JOIN(type, name) type##_OF(name)
-#define TYPED(type, name) JOIN(type, name)
-#define LACE(name) TYPED(TYPE, name) /* lace_rows_f32 or lace_rows_f64 */
 
-enum { MOST = 1 << 16 };
-static TYPE logits[MOST], gradient[MOST], probability[MOST], weight[MOST], scale[MOST], loss[MOST], inputs[MOST];
-static int64_t target[MOST], at[MOST];
-static char *lines[32];
+#ifdef F64
+#define REAL double
+#define BITS uint64_t
+#define NAME(x) x##_f64
+#define DTYPE "f64"
+#else
+#define REAL float
+#define BITS uint32_t
+#define NAME(x) x##_f32
+#define DTYPE "f32"
+#endif
+#ifndef ROOM
+#define ROOM 50257 /* logits of a case */
+#endif
+enum { FEW = 64, AXES = 5 }; /* samples, classes with weights, places asked for; axes */
 
-/* What a line of this case says after its key, or NULL. */
-static const char *said(const char *key)
+static char word[24];
+static int ended = 1; /* the line */
+
+static int same(const char *a, const char *b)
 {
-    const size_t length = strlen(key);
-    for (int i = 0; lines[i]; i++)
-        if (strncmp(lines[i], key, length) == 0 && (lines[i][length] == ' ' || !lines[i][length])) return lines[i] + length;
-    return NULL;
+    while (*a && *a == *b) a++, b++;
+    return *a == *b;
 }
 
-/* The values of a line; how many there are. */
-static size_t reals(TYPE *to, const char *words)
+/* Reads the line's next word; 0 if there is none. */
+static int next(void)
 {
     size_t n = 0;
-    for (; words && *words == ' ' && words[1] && n < MOST; n++) {
-        char *end = (char *)words + 4;
-        uint64_t bits = UINT64_MAX; /* a NaN */
-        if (strncmp(words, " nan", 4) != 0) bits = strtoull(words, &end, 16);
-        const uint32_t low = (uint32_t)bits;
-        if (sizeof(TYPE) == 4) memcpy(to + n, &low, 4);
-        else memcpy(to + n, &bits, 8);
-        words = end;
+    int c = ended ? '\n' : get();
+    while (c > ' ') {
+        if (n < sizeof word - 1) word[n++] = (char)c;
+        c = get();
     }
-    return n;
+    ended = c != ' ';
+    word[n] = 0;
+    return n > 0;
 }
 
-static size_t integers(int64_t *to, const char *words)
+/* Leaves the rest of the line, and reads the first word of the next that has one; 0 at the end of the input. */
+static int line(void)
+{
+    int c;
+    while (!ended) next();
+    do c = get();
+    while (c == '\n');
+    if (c < 0) return 0;
+    word[0] = (char)c;
+    size_t n = 1;
+    while ((c = get()) > ' ')
+        if (n < sizeof word - 1) word[n++] = (char)c;
+    word[n] = 0;
+    ended = c != ' ';
+    return 1;
+}
+
+static int64_t integer(void)
+{
+    const int minus = word[0] == '-';
+    uint64_t x = 0;
+    for (const char *c = word + minus; *c; c++) x = 10 * x + (uint64_t)(*c - '0');
+    return minus ? -(int64_t)x : (int64_t)x;
+}
+
+static uint64_t pattern(void)
+{
+    uint64_t x = 0;
+    for (const char *c = word; *c; c++) x = x << 4 | (uint64_t)(*c <= '9' ? *c - '0' : *c - 'a' + 10);
+    return x;
+}
+
+static double double_of(uint64_t bits)
+{
+    union { uint64_t bits; double value; } u;
+    u.bits = bits;
+    return u.value;
+}
+
+static REAL real(void)
+{
+    union { BITS bits; REAL value; } u;
+    u.bits = (BITS)pattern();
+    return same(word, "nan") ? (REAL)double_of(UINT64_C(0x7ff8) << 48) : u.value;
+}
+
+static void say(const char *text)
+{
+    while (*text) put(*text++);
+}
+
+static void say_real(REAL value)
+{
+    union { REAL value; BITS bits; } u;
+    u.value = value;
+    put(' ');
+    if (value != value)
+        say("nan");
+    else
+        for (int shift = 8 * (int)sizeof(REAL) - 4; shift >= 0; shift -= 4) put("0123456789abcdef"[u.bits >> shift & 15]);
+}
+
+/* One case, as it is read. */
+static REAL z[ROOM], gradient[ROOM], probability[FEW], weight[FEW], factor[FEW], loss[FEW];
+static int64_t target[FEW];
+static size_t shape[AXES], axes, places[FEW], asked, factors, samples, classes, inner;
+static int has_weight, has_probability;
+static double smoothing, strength;
+static int64_t ignore;
+static char reduction;
+
+/* 2^exponent, of which the vectors ask for a few */
+static REAL power(int64_t exponent)
+{
+    REAL x = 1;
+    for (; exponent < 0; exponent++) x /= 2;
+    for (; exponent > 0; exponent--) x *= 2;
+    return x;
+}
+
+static int read_case(void)
 {
     size_t n = 0;
-    for (char *end; words && *words == ' ' && words[1] && n < MOST; n++, words = end) to[n] = strtoll(words, &end, 10);
-    return n;
-}
-
-/* Options are f64 in every file. */
-static TYPE option(const char *words, TYPE otherwise)
-{
-    double value = otherwise;
-    const uint64_t bits = words ? strtoull(words, NULL, 16) : 0;
-    if (words) memcpy(&value, &bits, 8);
-    return (TYPE)value;
-}
-
-static void print(const char *key, const TYPE *values, const int64_t *places, size_t n)
-{
-    fputs(key, stdout);
-    for (size_t i = 0; i < n; i++) {
-        uint64_t bits = 0;
-        uint32_t low;
-        memcpy(&bits, values + (places ? (size_t)places[i] : i), sizeof(TYPE));
-        memcpy(&low, values + (places ? (size_t)places[i] : i), 4);
-        if (sizeof(TYPE) == 4) printf(" %08lx", (unsigned long)low);
-        else printf(" %016llx", (unsigned long long)bits);
+    axes = asked = factors = 0;
+    has_weight = has_probability = 0;
+    smoothing = 0, strength = 1, ignore = -100;
+    while (line() && !same(word, "end")) {
+        n = 0;
+        if (same(word, "shape"))
+            while (next() && axes < AXES) shape[axes++] = (size_t)integer();
+        else if (same(word, "logits"))
+            while (next() && n < ROOM) z[n++] = real();
+        else if (same(word, "lcg")) {
+            next();
+            uint32_t x = (uint32_t)integer();
+            next();
+            const REAL unit = power(integer());
+            for (; n < shape[0] && n < ROOM; n++) {
+                x = x * UINT32_C(1664525) + UINT32_C(1013904223);
+                z[n] = (REAL)((int32_t)(x / 256) - INT32_C(8388608)) * unit;
+            }
+        } else if (same(word, "put")) {
+            next();
+            n = (size_t)integer();
+            next();
+            if (n < ROOM) z[n] = real();
+        } else if (same(word, "target"))
+            while (next() && n < FEW) target[n++] = integer();
+        else if (same(word, "probabilities"))
+            for (has_probability = 1; next() && n < FEW;) probability[n++] = real();
+        else if (same(word, "weight"))
+            for (has_weight = 1; next() && n < FEW;) weight[n++] = real();
+        else if (same(word, "grad-output"))
+            while (next() && factors < FEW) factor[factors++] = real();
+        else if (same(word, "at"))
+            while (next() && asked < FEW) places[asked++] = (size_t)integer();
+        else if (same(word, "reduction"))
+            next(), reduction = word[0];
+        else if (same(word, "ignore-index"))
+            next(), ignore = integer();
+        else if (same(word, "smoothing"))
+            next(), smoothing = double_of(pattern());
+        else if (same(word, "strength"))
+            next(), strength = double_of(pattern());
+        else if (!same(word, "category"))
+            return 0;
     }
-    putchar('\n');
+    classes = shape[axes > 1];
+    samples = inner = 1;
+    for (size_t i = 2; i < axes; i++) inner *= shape[i];
+    if (axes > 1) samples = shape[0] * inner;
+    const int plain = inner == 1 && !has_probability && !has_weight;
+    return axes > 0 && samples <= FEW && samples * classes <= (plain ? ROOM : FEW);
 }
 
-/* Rows of k values from images of k planes of `space` values, or back. */
-static void turn(TYPE *rows, TYPE *images, size_t n, size_t k, size_t space, int back)
+#ifdef ROW
+static int work(void)
 {
-    for (size_t i = 0; i < n; i++)
-        for (size_t j = 0; j < k; j++) {
-            TYPE *image = images + (i / space * k + j) * space + i % space;
-            if (back) *image = rows[i * k + j];
-            else rows[i * k + j] = *image;
-        }
+    return lace_row_f32(loss, gradient, NULL, z, (size_t)target[0], classes) == LACE_DONE;
 }
-
-static void answer(void)
+#else
+/* Losses, and gradients times factors; 0 if a target is refused. */
+static int work(void)
 {
-    int64_t shape[8];
-    const size_t axes = integers(shape, said("shape"));
-    const size_t k = (size_t)shape[axes > 1];
-    size_t n = axes > 1 ? (size_t)shape[0] : 1, space = 1;
-    for (size_t i = 2; i < axes; i++) space *= (size_t)shape[i];
-    n *= space;
-    if (n * k > MOST) exit(3);
-
-    if (said("lcg")) {
-        int64_t lcg[2];
-        integers(lcg, said("lcg"));
-        uint32_t x = (uint32_t)lcg[0];
-        for (size_t j = 0; j < n * k; j++) {
-            x = x * 1664525 + 1013904223;
-            inputs[j] = (TYPE)ldexp((double)(x / 256) - 8388608, (int)lcg[1]);
-        }
-        char *value;
-        const int64_t put = said("put") ? strtoll(said("put"), &value, 10) : -1;
-        if (put >= 0) reals(inputs + put, value);
+    const NAME(lace_options) options = {has_weight ? weight : NULL, (REAL)smoothing, (REAL)strength, ignore};
+    const REAL *y = has_probability ? probability : NULL;
+    double divisor = reduction == 'm' ? 0 : 1;
+    for (size_t i = 0; i < samples && reduction == 'm'; i++)
+        if (y)
+            divisor++;
+        else if (target[i] != ignore && target[i] >= 0 && (uint64_t)target[i] < classes)
+            divisor += has_weight ? (double)weight[target[i]] : 1;
+    if (factors == 0) factor[0] = 1;
+    if (reduction != 'n') factor[0] = (REAL)((double)factor[0] / divisor);
+    const size_t step = factors > 1;
+    if (inner == 1) {
+        if (NAME(lace_rows)(loss, gradient, z, target, y, factor, step, samples, classes, &options, NULL) != LACE_DONE)
+            return 0;
+    } else if (!y && smoothing == 0) {
+        for (size_t i = 0; i < samples; i += inner)
+            if (NAME(lace_columns)(loss + i, gradient + i * classes, z + i * classes, target + i, factor + i * step, step,
+                                   inner, classes, inner, &options) != LACE_DONE)
+                return 0;
     } else {
-        reals(inputs, said("logits"));
+        for (size_t i = 0; i < samples; i++) { /* a column as a row */
+            REAL row[FEW], slope[FEW], share[FEW];
+            const size_t first = i / inner * inner * classes + i % inner;
+            for (size_t j = 0; j < classes; j++) {
+                row[j] = z[first + j * inner];
+                share[j] = probability[first + j * inner];
+            }
+            if (NAME(lace_rows)(loss + i, slope, row, target + i, y ? share : NULL, factor + i * step, 0, 1, classes,
+                                &options, NULL) != LACE_DONE)
+                return 0;
+            for (size_t j = 0; j < classes; j++) gradient[first + j * inner] = slope[j];
+        }
     }
-    turn(logits, inputs, n, k, space, 0);
-    const int soft = said("probabilities") != NULL;
-    reals(inputs, said("probabilities"));
-    if (soft) turn(probability, inputs, n, k, space, 0);
-    integers(target, said("target"));
-
-    LACE(lace_options) o = {NULL, option(said("smoothing"), 0), option(said("strength"), 1), -100};
-    if (reals(weight, said("weight"))) o.weight = weight;
-    integers(&o.ignore_index, said("ignore-index"));
-    const int mean = strstr(said("reduction"), "mean") != NULL, none = strstr(said("reduction"), "none") != NULL;
-    double divisor = mean ? 0 : 1;
-    for (size_t i = 0; mean && i < n; i++) {
-        const int counts = soft || (target[i] != o.ignore_index && target[i] >= 0 && (uint64_t)target[i] < k);
-        if (counts) divisor += soft || !o.weight ? 1 : (double)weight[target[i]];
+    if (reduction != 'n') {
+        REAL sum[2];
+        NAME(lace_sum)(sum, loss, samples);
+        loss[0] = (REAL)(((double)sum[0] + (double)sum[1]) / divisor);
     }
-    if (reals(scale, said("grad-output")) == 0) scale[0] = 1;
-    const size_t step = none && said("grad-output") ? 1 : 0;
-    if (mean) scale[0] = (TYPE)(scale[0] / divisor);
-
-    if (LACE(lace_rows)(loss, gradient, logits, target, soft ? probability : NULL, scale, step, n, k, &o, NULL) >= 0) {
-        puts("error");
-        return;
-    }
-    turn(gradient, inputs, n, k, space, 1);
-    if (!none) {
-        TYPE sum[2];
-        LACE(lace_sum)(sum, loss, n);
-        loss[0] = (TYPE)(((double)sum[0] + (double)sum[1]) / divisor);
-    }
-    const size_t some = integers(at, said("at"));
-    print("loss", loss, NULL, none ? n : 1);
-    print("gradient", inputs, some ? at : NULL, some ? some : n * k);
+    return 1;
 }
+#endif
 
 int main(void)
 {
-    static char text[1 << 21];
-    size_t length = fread(text, 1, sizeof text - 1, stdin), count = 0;
-    if (length == sizeof text - 1) return 3;
-    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
-        if (strncmp(line, "case ", 5) == 0) count = 0;
-        if (strcmp(line, "end") != 0) {
-            lines[count++ % 31] = line;
-            continue;
+    int wants_gradient = 1;
+    if (!line() || !same(word, "lace-vectors") || !next() || !same(word, "1")) return 2;
+    while (line()) {
+        if (same(word, "dtype")) {
+            if (!next() || !same(word, DTYPE)) return 2;
+        } else if (same(word, "level")) {
+            next();
+            if (same(word, "second")) return 2;
+            wants_gradient = !same(word, "core");
+        } else if (same(word, "case")) {
+            next();
+            say("case ");
+            say(word);
+            if (!read_case()) return 2;
+            if (work()) {
+                const size_t n = reduction == 'n' ? samples : 1, m = asked ? asked : samples * classes;
+                say("\nloss");
+                for (size_t i = 0; i < n; i++) say_real(loss[i]);
+                if (wants_gradient) say("\ngradient");
+                for (size_t i = 0; i < m && wants_gradient; i++) say_real(gradient[asked ? places[i] : i]);
+            } else {
+                say("\nerror");
+            }
+            say("\nend\n");
+        } else if (!same(word, "count")) {
+            return 2;
         }
-        lines[count] = NULL;
-        printf("case %ld\n", strtol(said("case"), NULL, 10));
-        answer();
-        puts("end");
     }
     return 0;
 }

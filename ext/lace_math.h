@@ -1,0 +1,179 @@
+/* Sums and products of pairs, exp and log for one REAL: float where DIGITS is 24, double where it is 53.
+ * SPDX-License-Identifier: MIT
+ *
+ * The coefficients are near-minimax polynomials; tests/test_kernel.py derives them again and compares.
+ *     EXP    (e^x - 1 - x) / x^2 on |x| <= 1.01 log(2)/2, constant term first
+ *     LOG    (log((1+s)/(1-s)) - 2s) / s^3 in s^2 <= 1.01 ((sqrt 2 - 1)/(sqrt 2 + 1))^2, constant term first
+ *     LN2    log 2 as a part whose product with any exponent is exact, and the rest
+ */
+#include <float.h>
+
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__)
+#error "lace: -ffast-math breaks error-free sums and NaN; compile without it"
+#endif
+#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 /* 16 concerns half precision only */
+#error "lace: float is worked on in a wider type here; on x86 add -msse2 -mfpmath=sse, on s390x use -std=gnu99"
+#endif
+
+#if DIGITS == 24
+#define REAL float
+#define Pair lace_pair_f32
+#define BITS uint32_t
+#define SIGNED int32_t
+#define BIAS 127
+#define ONE_BITS UINT32_C(0x3f800000)
+#define SQRT_HALF_BITS UINT32_C(0x3f3504f3)
+#define HIGH_HALF UINT32_C(0xfffff000)
+#define ROUNDER 12582912.0f           /* 1.5 * 2^23: adding it rounds to an integer, held in the low bits */
+#define SMALLEST_EXPONENT (-104.0f)   /* e^x < 2^-150 below */
+#define RAISED 64                     /* exponentials are formed 2^64 too large, clear of subnormal numbers */
+#define LOWER 5.421010862427522e-20f  /* 2^-64 */
+#define LOG2E 1.442695f
+#define LN2_HIGH 0.693145751953125f
+#define LN2_LOW 1.4286068e-06f
+#define EXP {0.5f, 0.16666667f, 0.041666456f, 0.0083333105f, 0.0013934541f, 0.0001989198f}
+#define LOG {0.6666667f, 0.40000126f, 0.28550398f, 0.23341943f}
+#else
+#define REAL double
+#define Pair lace_pair_f64
+#define BITS uint64_t
+#define SIGNED int64_t
+#define BIAS 1023
+#define ONE_BITS UINT64_C(0x3ff0000000000000)
+#define SQRT_HALF_BITS UINT64_C(0x3fe6a09e667f3bcd)
+#define HIGH_HALF UINT64_C(0xfffffffff8000000)
+#define ROUNDER 6755399441055744.0
+#define SMALLEST_EXPONENT (-746.0)
+#define RAISED 128
+#define LOWER 2.938735877055719e-39
+#define LOG2E 1.4426950408889634
+#define LN2_HIGH 0.6931471805592082
+#define LN2_LOW 7.371002565167799e-13
+#define EXP                                                                                                      \
+    {0.5, 0.1666666666666667, 0.04166666666666667, 0.008333333333325544, 0.0013888888888883327,                  \
+     0.00019841269876864356, 2.4801587327007187e-05, 2.755725283351691e-06, 2.75572718102198e-07,                \
+     2.5106274733573296e-08, 2.0915442297780116e-09}
+#define LOG                                                                                                      \
+    {0.6666666666666666, 0.4000000000000094, 0.2857142857076445, 0.2222222240054776, 0.181817947008978,          \
+     0.15386290534658992, 0.13267418596474884, 0.1310072138350349}
+#endif
+#define MANTISSA (DIGITS - 1)
+
+#define bits_of NAME(bits_of)
+#define from_bits NAME(from_bits)
+#define finite NAME(finite)
+#define two_sum NAME(two_sum)
+#define two_product NAME(two_product)
+#define pair_sum NAME(pair_sum)
+#define pair_product NAME(pair_product)
+#define pair_quotient NAME(pair_quotient)
+#define horner NAME(horner)
+#define exponential NAME(exponential)
+#define log_1_plus NAME(log_1_plus)
+
+static inline BITS bits_of(REAL x)
+{
+    union { REAL real; BITS bits; } u;
+    u.real = x;
+    return u.bits;
+}
+
+static inline REAL from_bits(BITS b)
+{
+    union { BITS bits; REAL real; } u;
+    u.bits = b;
+    return u.real;
+}
+
+static inline int finite(REAL x)
+{
+    return x - x == 0;
+}
+
+static inline Pair two_sum(REAL a, REAL b)
+{
+    REAL s = a + b, b_in_s = s - a;
+    Pair p = {s, (a - (s - b_in_s)) + (b - b_in_s)};
+    return p;
+}
+
+static inline Pair two_product(REAL a, REAL b)
+{
+#ifdef FUSED
+    Pair r = {a * b, FUSED(a, b, -(a * b))};
+#else
+    REAL a1 = from_bits(bits_of(a) & HIGH_HALF), a0 = a - a1;
+    REAL b1 = from_bits(bits_of(b) & HIGH_HALF), b0 = b - b1;
+    REAL p = a * b;
+    Pair r = {p, ((a1 * b1 - p) + a1 * b0 + a0 * b1) + a0 * b0};
+#endif
+    return r;
+}
+
+/* to = a + b. Beside an infinity a low part is NaN. */
+static inline void pair_sum(Pair *to, const Pair *a, const Pair *b)
+{
+    Pair s = two_sum(a->high, b->high);
+    REAL low = s.low + (a->low + b->low);
+    *to = two_sum(s.high, low == low ? low : 0);
+}
+
+/* to = a b, which is returned rounded. */
+static inline REAL pair_product(Pair *to, const Pair *a, const Pair *b)
+{
+    Pair p = two_product(a->high, b->high);
+    p.low += a->high * b->low + a->low * b->high;
+    *to = p;
+    return p.high + p.low;
+}
+
+/* to = a / b */
+static inline void pair_quotient(Pair *to, const Pair *a, const Pair *b)
+{
+    REAL q = a->high / b->high;
+    Pair p = two_product(q, b->high);
+    to->low = (((a->high - p.high) - p.low) + (a->low - q * b->low)) / b->high;
+    to->high = q;
+}
+
+static inline REAL horner(const REAL *c, int n, REAL x)
+{
+    REAL y = c[n - 1];
+    for (int i = n - 2; i >= 0; i--) y = y * x + c[i];
+    return y;
+}
+
+/* 2^RAISED exp(z - m) for z <= m; 0 for -inf, NaN for NaN and for inf - inf. */
+static inline REAL exponential(REAL z, REAL m)
+{
+    static const REAL c[] = EXP;
+    Pair d = two_sum(z, -m);
+    REAL shifted = d.high * LOG2E + ROUNDER;
+    REAL n = shifted - ROUNDER;
+    REAL r1 = d.high - n * LN2_HIGH; /* exact */
+    REAL r0 = d.low - n * LN2_LOW;
+    REAL r = r1 + r0, one_r = 1 + r;
+    r0 = ((r1 - r) + r0) + (r - (one_r - 1)); /* what r and 1 + r have lost */
+    REAL y = one_r + (r0 + r * r * horner(c, sizeof c / sizeof *c, r));
+    BITS power = (bits_of(shifted) + (BITS)(BIAS + RAISED)) << MANTISSA; /* what else ROUNDER holds is shifted out */
+    return d.high < SMALLEST_EXPONENT ? 0 : y * from_bits(power);
+}
+
+/* to = log(1 + x) for x >= 0, good to about 2^-28 (float) or 2^-58 (double) of itself. */
+static inline void log_1_plus(Pair *to, const Pair *x)
+{
+    static const REAL c[] = LOG;
+    REAL u = 1 + x->high;
+    SIGNED k = (SIGNED)((bits_of(u) + (ONE_BITS - SQRT_HALF_BITS)) >> MANTISSA) - BIAS; /* u / 2^k in sqrt 1/2 .. sqrt 2 */
+    REAL down = from_bits((BITS)(BIAS - k) << MANTISSA), n = (REAL)k;
+    Pair s = two_sum(down - 1, down * x->high), f = {2, 0};
+    s.low += down * x->low;
+    pair_sum(&f, &f, &s);
+    pair_quotient(&s, &s, &f);
+    REAL s2 = s.high * s.high;
+    f.high = 2 * s.high;
+    f.low = 2 * s.low + s.high * s2 * horner(c, sizeof c / sizeof *c, s2);
+    s.high = n * LN2_HIGH;
+    s.low = n * LN2_LOW;
+    pair_sum(to, &s, &f);
+}

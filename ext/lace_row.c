@@ -1,0 +1,73 @@
+/* One row, for processors where every byte counts: the operations of lace_columns_f32 in the same order, so the same bits,
+ * without rows side by side. The order of independent lines is the one with the least code. SPDX-License-Identifier: MIT */
+#include "lace.h"
+
+#define DIGITS 24
+#define NAME(x) x##_f32
+#if defined(__FP_FAST_FMAF) && __ARM_ARCH_PROFILE == 'M'
+#define FUSED __builtin_fmaf /* saves 100 bytes; other bits only where the low part of a product underflows, below 2^-102 */
+#endif
+#include "lace_math.h"
+
+int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const float *logits, size_t target, size_t k)
+{
+    static const Pair one = {1, 0};
+    if (!logits) return LACE_NULL;
+    if (target >= k) return k == 0 ? LACE_SIZE : 0;
+    const float z = logits[target];
+    float max = logits[0], high = 0, low = 0;
+    size_t rank = 0;
+    Pair own = {0, 0}, small = {0, 0}; /* exp(z - max), and the same unless it is the largest term */
+    for (size_t j = 0; j < k; j++)
+        if (logits[j] > max) max = logits[j];
+    for (size_t j = 0; j < k; j++) {
+        float e = exponential(logits[j], max);
+        if (gradient) gradient[j] = e * LOWER;
+        if (j == target) {
+            own.high = e * LOWER;
+        } else {
+            if (!(logits[j] < z) && (j < target || logits[j] != z)) rank++; /* NaN counts as larger */
+            Pair s = two_sum(high, e);
+            high = s.high;
+            low += s.low;
+        }
+    }
+
+    Pair others = two_sum(high * LOWER, low * LOWER), rest, inverse, n, p, K;
+    rest.high = others.high; /* apart: a copy of the pair would call memcpy on a Cortex-M0 */
+    rest.low = others.low;
+    float largest = max - max; /* NaN beside +inf */
+    if (z < max) {
+        largest += 1;
+        small.high = own.high;
+    }
+    rest.high -= largest;
+    pair_sum(&rest, &rest, &small);
+    log_1_plus(&n, &rest);
+    pair_sum(&rest, &rest, &one);
+    pair_quotient(&inverse, &one, &rest);
+    rest = two_sum(max, -z);
+    pair_sum(&n, &rest, &n);                 /* n = -log q */
+    pair_product(&p, &others, &inverse);     /* p = 1 - q */
+    pair_product(&own, &own, &inverse);      /* q */
+    pair_product(&K, &own, &n);
+    float l = pair_product(&others, &p, &n); /* the loss */
+    if (n.high > FLT_MAX) {
+        l = n.high;
+        K.high = K.low = 0; /* the limit of q n */
+    }
+    if (loss) *loss = l;
+    pair_sum(&K, &K, &p);
+    if (gradient) {
+        const float factor = pair_product(&own, &K, &inverse);
+        for (size_t j = 0; j < k; j++) gradient[j] *= factor;
+        gradient[target] = -pair_product(&K, &K, &p);
+    }
+    if (totals) {
+        pair_sum(&totals->loss, &totals->loss, &others);
+        pair_sum(&totals->cross_entropy, &totals->cross_entropy, &n);
+        totals->count++;
+        for (size_t i = 5; i-- > rank;) totals->top[i]++;
+    }
+    return LACE_DONE;
+}
