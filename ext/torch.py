@@ -90,8 +90,8 @@ def lace_loss(
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f"normalizer takes the place of the mean's denominator, got reduction {reduction!r}")
-        if np.ndim(normalizer):
-            raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(np.shape(normalizer))}")
+        if isinstance(normalizer, (Tensor, np.ndarray)) and normalizer.ndim:
+            raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(normalizer.shape)}")
         reduction = "sum"
     if not _is_well_formed(input, target, weight, ignore_index, label_smoothing):
         by_torch = F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
