@@ -45,7 +45,8 @@ def forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Options]) ->
 
     Parameters
     ----------
-    logits : (C,), (N, C) or (N, C, d1, ...) array of float32 or float64; copied if the rows of C are not contiguous.
+    logits : (C,), (N, C) or (N, C, d1, ...) array of float32 or float64. Copied only
+        if the C values of a row, or of images the values of a plane, do not lie together.
     target : class indices (integers) or probabilities (floats of the logits' shape).
     options : see `Options`.
 
@@ -89,9 +90,9 @@ def forward_backward(
                 f"out must be a writable {z.dtype} array of shape {z.shape}, "
                 f"got a {kind} {out.dtype} array of shape {out.shape}"
             )
-        inputs = (z, target, grad_output, options.get("weight"))
-        if any(np.may_share_memory(out, np.asarray(values)) for values in inputs if values is not None):
-            raise ValueError("out shares memory with an input")
+        for values in (z, target, grad_output, options.get("weight")):
+            if values is not None and type(values) is not float and np.may_share_memory(out, np.asarray(values)):
+                raise ValueError("out shares memory with an input")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     return _run(z, target, gradient, grad_output, threads, **options), gradient
@@ -265,7 +266,8 @@ def _run(
     dtype, y, ignore_index = logits.dtype, np.asarray(target), index(ignore_index)
     if dtype not in _DTYPES:
         raise TypeError(f"logits must be float32 or float64, got {dtype}")
-    if logits.ndim == 0 or logits.shape[_class_axis(logits)] == 0:
+    axis = _class_axis(logits)
+    if logits.ndim == 0 or logits.shape[axis] == 0:
         raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {logits.shape}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
@@ -273,7 +275,6 @@ def _run(
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}")
-    axis = _class_axis(logits)
     classes = logits.shape[axis]
     n = logits.size // classes
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
@@ -301,7 +302,11 @@ def _run(
     hard = indices is not None and label_smoothing == 0 and statistics is None
     planes = logits.ndim > 2 and hard and not _ends_with_classes(logits)
     inner = n // max(1, len(logits)) if planes else 0
-    z = np.asarray(logits, order="C") if planes else _classes_last(logits)
+    apart = classes * dtype.itemsize
+    if logits.ndim == 2 and not logits.flags.c_contiguous and logits.strides[1] == dtype.itemsize:
+        z, apart = logits, logits.strides[0]
+    else:
+        z = np.asarray(logits, order="C") if planes else _classes_last(logits)
     rows = each = None
     above = 1.0
     if gradient is not None:
@@ -317,11 +322,11 @@ def _run(
             else:
                 rule = f"be a number or have the loss's shape {shape}" if reduction == "none" else "be a number"
                 raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
-    losses = np.empty(shape if reduction == "none" else n, dtype)
-    options = (n, classes, inner, dtype.itemsize, ignore_index, label_smoothing, strength)
-    job = _cpu.Job(losses, rows, z, indices, probability, w, statistics, *options)
-    divisor = job.count() if reduction == "mean" else 1.0
-    job.scale_by(above, divisor, each)
+    loss = np.empty(shape if reduction == "none" else (), dtype)
+    losses = loss if reduction == "none" else None
+    divisor = None if reduction == "mean" else 1.0
+    options = (n, classes, inner, apart, dtype.itemsize, ignore_index, label_smoothing, strength, divisor, above)
+    job = _cpu.Job(losses, rows, z, indices, probability, w, each, statistics, *options)
     wrong = _in_threads(job, threads)
     if wrong >= 0:
         place = [int(i) for i in np.unravel_index(wrong, shape)]
@@ -334,17 +339,15 @@ def _run(
             gradient[...] = rows
         else:
             np.moveaxis(gradient, axis, -1)[...] = rows.reshape(*shape, classes)
-    if reduction == "none":
-        return losses[()]
-    loss = np.empty((), dtype)
-    job.mean(loss, divisor)
+    if reduction != "none":
+        job.reduce(loss)
     return loss[()]
 
 
 def _in_threads(job: _cpu.Job, threads: int | None) -> int:
     """Run the job; the first row whose class does not exist, or -1."""
-    parts = min(threads or os.cpu_count() or 1, job.n * job.k // _LOGITS_WORTH_A_THREAD)
-    if parts < 2:
+    parts = job.n * job.k // _LOGITS_WORTH_A_THREAD
+    if parts < 2 or (parts := min(threads or os.cpu_count() or 1, parts)) < 2:
         return job.run(0, job.n)
     global _pool
     _pool = _pool or ThreadPoolExecutor()
@@ -370,7 +373,7 @@ def _numbers(name: str, values: ArrayLike, dtype: np.dtype[Any]) -> Array:
 
 
 def _class_axis(x: Array) -> int:
-    return min(1, x.ndim - 1)
+    return 1 if x.ndim > 1 else 0
 
 
 def _ends_with_classes(x: Array) -> bool:

@@ -1,35 +1,42 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-Address = int | NDArray[Any]
+class Tensor(Protocol):
+    def data_ptr(self) -> int: ...
+
+Address = int | NDArray[Any] | Tensor
 
 def builds() -> list[str]: ...
 def use(name: str) -> None: ...
+def in_large_pages(array: Address, size: int) -> None: ...
 
 class Job:
-    keep: list[Any]
     n: int
     k: int
+    divisor: float
     def __init__(
         self,
-        loss: Address,
+        loss: Address | None,
         gradient: Address | None,
         logits: Address,
         target: Address | None,
         probability: Address | None,
         weight: Address | None,
+        each: Address | None,
         statistics: Sequence[Address] | None,
         n: int,
         k: int,
         inner: int,
+        apart: int,
         size: int,
         ignore_index: int,
         label_smoothing: float,
         strength: float,
+        divisor: float | None,
+        above: float,
     ) -> None: ...
-    def count(self) -> float: ...
-    def scale_by(self, above: float, divisor: float, each: Address | None) -> None: ...
+    def losses(self, start: int) -> int: ...
     def run(self, start: int, stop: int) -> int: ...
-    def mean(self, out: Address, divisor: float) -> None: ...
+    def reduce(self, out: Address) -> None: ...

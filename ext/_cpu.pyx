@@ -1,12 +1,17 @@
 # cython: language_level=3, freethreading_compatible=True, cdivision=True
 """The door to lace.h: addresses in, C calls without the GIL. `lace_loss.ext` checks, this module trusts.
 
-An address is an integer, or an object with a buffer: C-contiguous, of the right type, and large enough.
+An address is an integer or what has one: an object with a buffer, or a tensor. The values there are of the right type,
+enough and, but for rows of logits, C-contiguous.
 """
 
-from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport (
+    PyBUF_C_CONTIGUOUS, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+)
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t
+from libc.string cimport memcpy
 
 import os
 
@@ -57,6 +62,33 @@ cdef extern from "lace_builds.h" nogil:
     const lace_build *lace_builds(size_t *count)
 
 
+cdef extern from *:
+    """
+    #ifdef __linux__
+    #include <sys/mman.h>
+    #endif
+    #include <stddef.h>
+    #include <stdint.h>
+    static void lace_in_large_pages(void *start, size_t size)
+    {
+    #ifdef MADV_HUGEPAGE
+        const uintptr_t page = (uintptr_t)1 << 21;
+        const uintptr_t first = ((uintptr_t)start + page - 1) / page * page, end = ((uintptr_t)start + size) / page * page;
+        if (first < end) (void)madvise((void *)first, end - first, MADV_HUGEPAGE);
+    #else
+        (void)start, (void)size;
+    #endif
+    }
+    """
+    void lace_in_large_pages(void *start, size_t size)
+
+
+cdef enum:
+    TOGETHER = 32768  # logits, in at most 32 rows: what the kernel works on side by side
+    TO_READ = PyBUF_C_CONTIGUOUS
+    TO_WRITE = PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE
+
+
 ctypedef char *Bytes
 ctypedef int64_t *Integers
 
@@ -90,46 +122,79 @@ cdef void *address(object array, int flags) except? NULL:
         return NULL
     if isinstance(array, int):
         return <void *> <size_t> array
-    PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS | flags)
+    if not PyObject_CheckBuffer(array):
+        return <void *> <size_t> array.data_ptr()
+    PyObject_GetBuffer(array, &view, flags)
     PyBuffer_Release(&view)
     return view.buf
+
+
+def in_large_pages(array, size_t size):
+    """Ask for memory of so many bytes to be laid out in pages of 2 MiB, as NumPy asks for its own from 4 MiB on.
+
+    Linux clears 4 KiB at a time otherwise, when they are first written, which takes longer than the kernel.
+    """
+    lace_in_large_pages(address(array, TO_READ), size)
 
 
 cdef class Job:
     """n rows of k logits, and what is to be known of them: the arguments of lace_rows_f32 or _f64.
 
     With `inner` they are the columns of images, each of k planes of `inner` values: for lace_columns_f32 or _f64.
+    Rows of logits start `apart` bytes apart; if there is room between them, they are brought together, a few at a time.
+    `loss` None is memory of the job's own. The gradient is multiplied by above / divisor or, if `each` is not None, each
+    row's by its factor there. `divisor` None is a mean's: the rows that count, by their classes' weights.
     `keep` is whatever owns the memory: an interrupt may end the caller while another thread still runs the job.
     """
 
-    cdef public object keep
+    cdef object keep
 
-    cdef Bytes loss, gradient, logits, probability, scale, weight, cross_entropy, q
+    cdef Bytes loss, own, gradient, logits, probability, scale, weight, cross_entropy, q
     cdef Integers target, rank
     cdef readonly size_t n, k
     cdef size_t step, size, inner
+    cdef Py_ssize_t apart
     cdef int64_t ignore_index
     cdef double label_smoothing, strength, unit
+    cdef readonly double divisor
     cdef float unit_f32
 
-    def __init__(self, loss, gradient, logits, target, probability, weight, statistics, size_t n, size_t k, size_t inner,
-                 size_t size, int64_t ignore_index, double label_smoothing, double strength):
-        self.loss = <Bytes> address(loss, PyBUF_WRITABLE)
-        self.gradient = <Bytes> address(gradient, PyBUF_WRITABLE)
-        self.logits = <Bytes> address(logits, 0)
-        self.target = <Integers> address(target, 0)
-        self.probability = <Bytes> address(probability, 0)
-        self.weight = <Bytes> address(weight, 0)
+    def __init__(self, loss, gradient, logits, target, probability, weight, each, statistics,
+                 size_t n, size_t k, size_t inner, Py_ssize_t apart, size_t size, int64_t ignore_index,
+                 double label_smoothing, double strength, divisor, double above):
+        self.keep = (loss, gradient, logits, target, probability, weight, each, statistics)
+        self.loss = <Bytes> address(loss, TO_WRITE)
+        if loss is None:
+            self.loss = self.own = <Bytes> PyMem_RawMalloc(n * size)
+            if self.own is NULL:
+                raise MemoryError(f"no memory for {n} losses")
+        self.gradient = <Bytes> address(gradient, TO_WRITE)
+        self.logits = <Bytes> address(logits, PyBUF_STRIDES)
+        self.target = <Integers> address(target, TO_READ)
+        self.probability = <Bytes> address(probability, TO_READ)
+        self.weight = <Bytes> address(weight, TO_READ)
+        self.scale = <Bytes> address(each, TO_READ)
         if statistics is not None:
-            self.cross_entropy = <Bytes> address(statistics[0], PyBUF_WRITABLE)
-            self.q = <Bytes> address(statistics[1], PyBUF_WRITABLE)
-            self.rank = <Integers> address(statistics[2], PyBUF_WRITABLE)
-        self.n, self.k, self.inner, self.size = n, k, inner, size
-        self.keep = [loss, gradient, logits, target, probability, weight, statistics]
+            self.cross_entropy = <Bytes> address(statistics[0], TO_WRITE)
+            self.q = <Bytes> address(statistics[1], TO_WRITE)
+            self.rank = <Integers> address(statistics[2], TO_WRITE)
+        self.n, self.k, self.inner, self.apart, self.size = n, k, inner, apart, size
         self.ignore_index, self.label_smoothing, self.strength = ignore_index, label_smoothing, strength
+        self.divisor = self.count() if divisor is None else divisor
+        self.step = each is not None
+        if each is None:
+            self.unit = above / self.divisor
+            self.unit_f32 = <float> self.unit
+            self.scale = <Bytes> &self.unit_f32 if size == 4 else <Bytes> &self.unit
 
-    def count(self):
-        """What a mean divides by: the rows that count, each by its class's weight, or all if there are probabilities."""
+    def __dealloc__(self):
+        PyMem_RawFree(self.own)
+
+    def losses(self, size_t start):
+        """The address of row `start`'s loss."""
+        return <size_t> (self.loss + start * self.size)
+
+    cdef double count(self) noexcept:
         cdef double sum = 0
         cdef size_t i
         cdef int64_t t
@@ -146,30 +211,37 @@ cdef class Job:
                     sum += (<float *> self.weight)[t] if self.size == 4 else (<double *> self.weight)[t]
         return sum
 
-    def scale_by(self, double above, double divisor, each):
-        """Multiply the gradient by above / divisor or, if that is not None, each row's by its factor in `each`."""
-        self.scale = <Bytes> address(each, 0)
-        self.keep.append(each)
-        self.step = self.scale is not NULL
-        if each is None:
-            self.unit = above / divisor
-            self.unit_f32 = <float> self.unit
-            self.scale = <Bytes> &self.unit_f32 if self.size == 4 else <Bytes> &self.unit
-
     def run(self, size_t start, size_t stop):
         """Rows start to stop; the first whose target is no class, or -1."""
-        cdef size_t end
+        cdef size_t end, i, image, row = self.k * self.size, together = max(1, min(32, TOGETHER // self.k))
         cdef int64_t wrong = -1
-        while self.inner and start < stop and wrong < 0:
-            end = min(stop, start - start % self.inner + self.inner)
-            wrong = self.some(start, end - start, start // self.inner * self.inner * self.k + start % self.inner)
+        cdef Bytes near = NULL
+        if not self.inner and self.apart != <Py_ssize_t> row:
+            near = <Bytes> PyMem_RawMalloc(together * row)
+            if near is NULL:
+                raise MemoryError(f"no memory for {together} rows")
+        while start < stop and wrong < 0:
+            if near is not NULL:
+                end = min(stop, start + together)
+                with nogil:
+                    for i in range(start, end):
+                        memcpy(near + (i - start) * row, self.logits + <Py_ssize_t> i * self.apart, row)
+                wrong = self.some(start, end - start, start * self.k, near)
+            elif self.inner:
+                end = min(stop, start - start % self.inner + self.inner)
+                image = start // self.inner * self.inner * self.k + start % self.inner
+                wrong = self.some(start, end - start, image, self.logits + image * self.size)
+            else:
+                end = stop
+                wrong = self.some(start, end - start, start * self.k, self.logits + start * row)
             start = end
-        return wrong if self.inner else self.some(start, stop - start, start * self.k)
+        PyMem_RawFree(near)
+        return wrong
 
-    cdef int64_t some(self, size_t start, size_t n, size_t skip_logits):
+    cdef int64_t some(self, size_t start, size_t n, size_t skip_logits, Bytes logits):
         cdef size_t skip = start * self.size
         cdef Bytes gradient = NULL if self.gradient is NULL else self.gradient + skip_logits * self.size
-        cdef Bytes logits = self.logits + skip_logits * self.size, loss = self.loss + skip
+        cdef Bytes loss = self.loss + skip
         cdef Bytes probability = NULL if self.probability is NULL else self.probability + skip_logits * self.size
         cdef Bytes scale = NULL if self.scale is NULL else self.scale + skip * self.step
         cdef Integers target = NULL if self.target is NULL else self.target + start
@@ -208,15 +280,15 @@ cdef class Job:
                                            NULL if self.rank is NULL else &s64)
         return wrong if wrong < 0 else wrong + <int64_t> start
 
-    def mean(self, out, double divisor):
+    def reduce(self, out):
         """Write the sum of the losses, divided, to one value at `out`."""
         cdef float f32[2]
         cdef double f64[2]
-        cdef Bytes to = <Bytes> address(out, PyBUF_WRITABLE)
+        cdef Bytes to = <Bytes> address(out, TO_WRITE)
         with nogil:
             if self.size == 4:
                 lace_sum_f32(f32, <float *> self.loss, self.n)
-                (<float *> to)[0] = <float> ((<double> f32[0] + f32[1]) / divisor)
+                (<float *> to)[0] = <float> ((<double> f32[0] + f32[1]) / self.divisor)
             else:
                 lace_sum_f64(f64, <double *> self.loss, self.n)
-                (<double *> to)[0] = (f64[0] + f64[1]) / divisor
+                (<double *> to)[0] = (f64[0] + f64[1]) / self.divisor

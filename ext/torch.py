@@ -32,6 +32,9 @@ __all__ = ["LACELoss", "check_target", "lace_loss"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATING = (torch.float32, torch.float64, *_HALF)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_LARGE = 1 << 20  # logits
+_SCALAR = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 _INDEX_DTYPES = (torch.int64, torch.uint8, torch.int32, torch.int16, torch.int8)
 
 
@@ -78,7 +81,7 @@ def lace_loss(
             normalizer=normalizer,
             statistics=statistics,
         )
-    if isinstance(ignore_index, (np.integer, Tensor)):
+    if type(ignore_index) is not int and isinstance(ignore_index, (np.integer, Tensor)):
         ignore_index = index(ignore_index)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -90,8 +93,8 @@ def lace_loss(
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f"normalizer takes the place of the mean's denominator, got reduction {reduction!r}")
-        if np.ndim(normalizer):
-            raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(np.shape(normalizer))}")
+        if isinstance(normalizer, (Tensor, np.ndarray)) and normalizer.ndim:
+            raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(normalizer.shape)}")
         reduction = "sum"
     if not _is_well_formed(input, target, weight, ignore_index, label_smoothing):
         by_torch = F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
@@ -113,7 +116,7 @@ def lace_loss(
         if input.requires_grad and torch.is_grad_enabled():
             loss, *found = _Kernel.apply(input, target, weight, options, statistics)
         else:
-            loss, *found = _forward(input, target, weight, None, False, *options, statistics)
+            loss, *found = _operation()(input, target, weight, None, False, *options, statistics)
     else:
         if not probabilities and _is_plain(input, target) and not _is_recorded():
             check_target(target, input.shape[_class_axis(input)], ignore_index)
@@ -151,12 +154,7 @@ class LACELoss(_WeightedLoss):
         self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None, statistics: bool = False
     ) -> Any:
         return lace_loss(
-            input,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
+            *(input, target, self.weight, None, self.ignore_index, None, self.reduction, self.label_smoothing),
             strength=self.strength,
             normalizer=normalizer,
             statistics=statistics,
@@ -182,14 +180,14 @@ def _is_well_formed(
 ) -> bool:
     """Whether `cross_entropy` would take these arguments (but for other index dtypes); it words the refusal itself."""
     for x in (input, target) if weight is None else (input, target, weight):
-        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_complex():
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
             return False
     shape, given = input.shape, target.shape
     if input.dtype not in _FLOATING or not shape:
         return False
     axis = _class_axis(input)
     if given == shape:
-        fits = target.is_floating_point() and ignore_index < 0
+        fits = target.is_floating_point() and ignore_index < 0 and (weight is None or not weight.is_complex())
     else:
         fits = (given == shape[:axis] + shape[axis + 1 :] or len(shape) == len(given) == target.numel() == 1) and (
             target.dtype in _INDEX_DTYPES
@@ -236,9 +234,9 @@ def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
         return False
     work = _working_dtype(input, target, weight)
     for x in given:
-        if x.is_floating_point() and x.dtype != work and not (x.dtype in _HALF and work == torch.float32):
+        if x.dtype != work and x.is_floating_point() and not (x.dtype in _HALF and work == torch.float32):
             return False
-        if _has_tangent(x) or (x.requires_grad and x is not input):
+        if (x.requires_grad and x is not input) or _has_tangent(x):
             return False
     return True
 
@@ -251,10 +249,9 @@ def _has_tangent(x: Tensor) -> bool:
 def _is_plain(*tensors: Tensor) -> bool:
     """Whether Python may read the numbers: on a CPU, no subclass, outside of torch.func and jit's tracing."""
     for x in tensors:
-        if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
+        if not x.is_cpu or type(x) not in _PLAIN:
             return False
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return not tracing and not torch._C._are_functorch_transforms_active()
+    return torch._C._get_tracing_state() is None and not torch._C._are_functorch_transforms_active()
 
 
 def _is_recorded() -> bool:
@@ -282,7 +279,7 @@ class _Kernel(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.options = options
         at_once = input.dtype not in _HALF
-        loss, *others = _forward(input, target, weight, None, at_once, *options, statistics)
+        loss, *others = _operation()(input, target, weight, None, at_once, *options, statistics)
         gradient, found = (others[0], others[1:]) if at_once else (None, others)
         ctx.save_for_backward(input, target, weight, gradient)
         if statistics:
@@ -304,12 +301,12 @@ def _gradient(
 ) -> Tensor:
     """`gradient`, which the kernel has formed, times `grad_output`; for a half type the kernel forms it now."""
     if gradient is None:
-        return _forward(input, target, weight, grad_output, True, *options, False)[1]
+        return _operation()(input, target, weight, grad_output, True, *options, False)[1]
+    if not grad_output.dim() and not _is_recorded() and isfinite(value := grad_output.item()):
+        return gradient if value == 1 else gradient * value
     axis = _class_axis(input)
     if grad_output.dim():
         grad_output = grad_output.unsqueeze(axis)
-    elif not _is_recorded() and isfinite(value := grad_output.item()):
-        return gradient if value == 1 else gradient * value
     if not target.is_floating_point():  # an ignored sample's 0 times an infinite or NaN gradient from above is 0
         grad_output = torch.where((target.long() == options[0]).unsqueeze(axis), 0, grad_output)
     return gradient * grad_output
@@ -348,22 +345,27 @@ def _composite_gradient(
         return torch.autograd.grad(loss, alias, grad_output, create_graph=create_graph)[0], alias
 
 
-def _forward(
-    input: Tensor, target: Tensor, weight: Tensor | None, grad_output: Tensor | None, gradient: bool, *options: Any
-) -> Any:
+def _operation() -> Any:
     # The dispatcher takes about as long to call a registered operation as cross_entropy takes for 10 logits.
-    return (_registered if _is_recorded() else _by_kernel)(input, target, weight, grad_output, gradient, *options)
+    return _registered if _is_recorded() else _by_kernel
 
 
 def _outputs(
     input: Tensor, target: Tensor, weight: Tensor | None, gradient: bool, reduction: str, statistics: bool
 ) -> list[Tensor]:
     """Room for the loss, then for the gradient and for the three statistics, where they are asked for."""
-    axis, dtype = _class_axis(input), _working_dtype(input, target, weight)
-    samples = input.shape[:axis] + input.shape[axis + 1 :]
-    outputs = [input.new_empty(samples if reduction == "none" else (), dtype=dtype)]
-    if gradient:
-        outputs.append(torch.empty_like(input))
+    dtype = _working_dtype(input, target, weight)
+    outputs = [torch.empty_like(input)] if gradient else []
+    if reduction == "none" or statistics:
+        axis = _class_axis(input)
+        samples = input.shape[:axis] + input.shape[axis + 1 :]
+    if reduction == "none":
+        loss = input.new_empty(samples, dtype=dtype)
+    elif type(input) in _PLAIN:
+        loss = torch.empty_like(_SCALAR[dtype])  # 4 us less than by an empty shape
+    else:
+        loss = input.new_empty((), dtype=dtype)
+    outputs.insert(0, loss)
     if statistics:
         outputs += [input.new_empty(samples, dtype=kind) for kind in (dtype, dtype, torch.int64)]
     return outputs
@@ -385,20 +387,21 @@ def _by_kernel(
     outputs = _outputs(input, target, weight, gradient, reduction, statistics)
     loss, axis, probabilities = outputs[0], _class_axis(input), target.is_floating_point()
     stats = [x.view(-1) for x in outputs[-3:]] if statistics else None
-    options = (ignore_index, label_smoothing, strength)
-    dtype, k = loss.dtype, input.shape[axis]
+    dtype, k, threads = loss.dtype, input.shape[axis], torch.get_num_threads()
     n = input.numel() // k
     # As in the NumPy face: plane by plane where the kernel can.
     planes = input.dim() > 2 and not (probabilities or label_smoothing or statistics) and input.dtype == dtype
     planes = planes and not input.movedim(1, -1).is_contiguous()
     inner = n // max(1, len(input)) if planes else 0
     z = input.detach().resolve_neg().contiguous() if planes else _rows(input)
-    y = _rows(target).to(dtype) if probabilities else _integers(target)
+    t, y = (None, _rows(target).to(dtype).contiguous()) if probabilities else (_integers(target), None)
     w = None if weight is None else weight.detach().to(dtype).resolve_neg().contiguous()
-    losses = loss.view(-1) if reduction == "none" else loss.new_empty(n)
-    g = None
-    if gradient:
-        as_z = outputs[1] if planes or not axis else outputs[1].movedim(axis, -1)
+    losses = loss.view(-1) if reduction == "none" else None
+    g = as_z = outputs[1] if gradient else None
+    if g is not None and n * k >= _LARGE:
+        _cpu.in_large_pages(g, g.nbytes)
+    if g is not None and z is not input:  # in another order
+        as_z = g if planes or not axis else g.movedim(axis, -1)
         g = as_z.reshape(z.shape) if z.data_ptr() == input.data_ptr() else torch.empty_like(z)
     each, above = None, 1.0
     if grad_output is not None:
@@ -407,67 +410,34 @@ def _by_kernel(
         else:
             above = grad_output.item()
 
-    whole = _job(losses, g, z, y, probabilities, w, stats, n, k, inner, options)
-    divisor = whole.count() if reduction == "mean" else 1.0
+    options = (loss.element_size(), ignore_index, label_smoothing, strength)
+    apart, divisor = z.stride(0) * z.element_size(), None if reduction == "mean" else 1.0
+    whole = _cpu.Job(losses, g, z, t, y, w, each, stats, n, k, inner, apart, *options, divisor, above)
     if z.dtype == dtype:
-        whole.scale_by(above, divisor, None if each is None else each.data_ptr())
-        whole.keep += [each]
-        wrong = _in_threads(whole, torch.get_num_threads())
+        wrong = _in_threads(whole, threads)
     else:
-        block, wrong = max(1, _LOGITS_WORTH_A_THREAD * torch.get_num_threads() // k), -1
+        block, wrong = max(1, _LOGITS_WORTH_A_THREAD * threads // k), -1
         for part in (slice(i, i + block) for i in range(0, n, block)):
-            z_part, each_part = z[part].to(dtype), None if each is None else each[part]
-            g_part, stats_part = None if g is None else torch.empty_like(z_part), stats and [x[part] for x in stats]
-            job = _job(losses[part], g_part, z_part, y[part], probabilities, w, stats_part, len(z_part), k, 0, options)
-            job.scale_by(above, divisor, None if each_part is None else each_part.data_ptr())
-            job.keep += [each]
-            wrong = max(wrong, _in_threads(job, torch.get_num_threads()))
+            z_part, stats_part = z[part].to(dtype).contiguous(), stats and [x[part] for x in stats]
+            g_part = None if g is None else torch.empty_like(z_part)
+            t_part, y_part, each_part = (None if x is None else x[part] for x in (t, y, each))
+            given = (whole.losses(part.start), g_part, z_part, t_part, y_part, w, each_part, stats_part)
+            job = _cpu.Job(*given, len(z_part), k, 0, k * options[0], *options, whole.divisor, above)
+            wrong = max(wrong, _in_threads(job, threads))
             if g is not None and g_part is not None:
                 g[part] = g_part
     if wrong >= 0:
         check_target(target, k, ignore_index)
-    if g is not None and g.data_ptr() != outputs[1].data_ptr():
+    if g is not as_z and g is not None and as_z is not None and g.data_ptr() != outputs[1].data_ptr():
         as_z.copy_(g.view(as_z.shape))
     if reduction != "none":
-        whole.mean(loss.data_ptr(), divisor)
+        whole.reduce(loss)
     return outputs
 
 
-def _job(
-    losses: Tensor,
-    g: Tensor | None,
-    z: Tensor,
-    y: Tensor,
-    probabilities: bool,
-    w: Tensor | None,
-    statistics: list[Tensor] | None,
-    n: int,
-    k: int,
-    inner: int,
-    options: tuple[int, float, float],
-) -> _cpu.Job:
-    """Of these tensors, by address."""
-    job = _cpu.Job(
-        losses.data_ptr(),
-        None if g is None else g.data_ptr(),
-        z.data_ptr(),
-        None if probabilities else y.data_ptr(),
-        y.data_ptr() if probabilities else None,
-        None if w is None else w.data_ptr(),
-        None if statistics is None else [x.data_ptr() for x in statistics],
-        n,
-        k,
-        inner,
-        losses.element_size(),
-        *options,
-    )
-    job.keep += [losses, g, z, y, w, statistics]
-    return job
-
-
 def _rows(x: Tensor) -> Tensor:
-    """(C,), (N, C) or (N, C, d1, ...) as contiguous (M, C), without a copy where possible."""
-    if x.dim() == 2 and x.is_contiguous() and not x.is_neg():
+    """(C,), (N, C) or (N, C, d1, ...) as (M, C) with contiguous rows, without a copy where possible."""
+    if x.dim() == 2 and not x.is_neg() and (x.is_contiguous() or (x.stride(1) == 1 and x.stride(0) >= x.shape[1])):
         return x
     x = x.detach().resolve_neg()
     x = x.movedim(1, -1) if x.dim() > 2 else x

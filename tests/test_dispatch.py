@@ -173,6 +173,23 @@ def test_compiled_backward_calls_the_kernel_in_one_graph(dynamic, kernel_calls):
 
 
 @compile_options
+@pytest.mark.parametrize("options", [{"normalizer": 3}, {"normalizer": torch.tensor(3.0)}, {"statistics": True}])
+def test_a_compiled_loss_takes_what_goes_beyond_torch(options, dynamic, kernel_calls):
+    def gradient_of(call, n):
+        z = leaf(INPUT[:n])
+        loss = call(z, CLASSES[:n], **options)
+        loss, found = loss if "statistics" in options else (loss, {})
+        return [*torch.autograd.grad(loss, z), loss.detach(), *found.values()]
+
+    module = LACELoss(WEIGHT, label_smoothing=0.1)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (4, 3, 2):
+        for got, expected in zip(gradient_of(compiled, n), gradient_of(module, n), strict=True):
+            assert torch.allclose(got, expected, rtol=COMPOSITE["float64"])
+    assert kernel_calls
+
+
+@compile_options
 @pytest.mark.parametrize("what", ["func.grad", "vmap of grad", "hessian", "jvp"])
 def test_compiled_transforms_agree_with_eager_ones(what, dynamic, kernel_calls):
     function, arguments = {

@@ -104,6 +104,19 @@ def test_out_must_fit_be_writable_and_stand_apart():
         ext.forward_backward(LOGITS, TARGET, threads=0)
 
 
+def test_memory_that_is_not_there_is_refused_and_nothing_is_lost():
+    """Rows of 2^46 equal logits, held by one: their gradient, or a copy for the kernel, would take 2^48 bytes."""
+    logits, target = np.broadcast_to(np.float32(1), (2, 2**46)), np.array([0, 1])
+    out = np.full((4, 3), 7.0)
+    for call in (ext.forward_backward, ext.forward):
+        with pytest.raises(MemoryError):
+            call(logits, target)
+    with pytest.raises(RuntimeError, match="memory"):
+        lace_loss(torch.ones(1).expand(2, 2**46), torch.tensor(target))
+    assert logits[0, 0] == 1
+    assert np.array_equal(ext.forward_backward(LOGITS, TARGET, out=out)[1], ext.backward(LOGITS, TARGET))
+
+
 IN_TORCH = {
     "a class too large": (torch.zeros(4, 3), torch.tensor([0, 1, 3, 0]), {}),
     "too few targets": (torch.zeros(4, 3), torch.zeros(3, dtype=torch.long), {}),

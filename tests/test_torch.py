@@ -5,6 +5,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -67,8 +68,8 @@ def test_backward_may_run_twice_on_a_retained_graph():
 
 def test_the_kernel_reads_tensors_without_a_copy(monkeypatch):
     seen = []
-    job = lace_torch._job
-    monkeypatch.setattr(lace_torch, "_job", lambda *tensors: seen.extend(tensors[2:4]) or job(*tensors))
+    job = lace_torch._cpu.Job
+    monkeypatch.setattr(lace_torch._cpu, "Job", lambda *tensors: seen.extend(tensors[2:4]) or job(*tensors))
     input = leaf()
     lace_loss(input, CLASSES).backward()
     assert [x.data_ptr() for x in seen] == [input.data_ptr(), CLASSES.data_ptr()]
@@ -132,14 +133,17 @@ def test_hooks_run_once_when_a_second_derivative_may_follow():
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.float, torch.bfloat16])
 @pytest.mark.parametrize("path", ["kernel", "composite"])
-def test_an_ignored_sample_has_gradient_0_whatever_comes_from_above(dtype, path, monkeypatch):
+def test_an_ignored_sample_has_gradient_0_whatever_it_holds_and_whatever_comes_from_above(dtype, path, monkeypatch):
     if path == "composite":
         monkeypatch.setattr(lace_torch, "_kernel_applies", lambda *_: False)
-    for above in (torch.inf, torch.nan, 1.0):
-        for reduction in ("none", "mean", "sum"):
-            input = leaf(dtype)
-            (lace_loss(input, CLASSES, reduction=reduction) * above).sum().backward()
-            assert (input.grad[CLASSES == -100] == 0).all()
+    ignored = CLASSES == -100
+    for above, reduction in product((torch.inf, torch.nan, 1.0), ("none", "mean", "sum")):
+        input = INPUT.to(dtype, copy=True)
+        input[ignored] = torch.nan
+        input.requires_grad_()
+        (lace_loss(input, CLASSES, reduction=reduction) * above).sum().backward()
+        assert (input.grad[ignored] == 0).all()
+        assert input.grad[~ignored].isfinite().all() or above != 1
     input = leaf(dtype)
     lace_loss(input, torch.full((4,), -100), normalizer=0).backward()
     assert (input.grad == 0).all()
