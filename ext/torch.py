@@ -8,11 +8,12 @@ The sum leaves the true class out, so nothing is lost when the model is sure. `l
 multiple of 1.2e-7 in float32, and L, which is about its square, is then exactly 0 from a margin of 20 on.
 
 This composite form runs on any device and can be differentiated any number of times. On a CPU the C kernel takes its
-place where the result is the same (see `_kernel_applies`).
+place where the result is the same, on a GPU those of `gpu.py`, which wants Triton (see `_kernel_applies`).
 """
 
 from __future__ import annotations
 
+from functools import cache
 from math import isfinite
 from operator import index
 from typing import Any
@@ -48,6 +49,7 @@ def lace_loss(
     strength: float = 1.0,
     normalizer: float | Tensor | None = None,
     statistics: bool = False,
+    gradient_in_forward: bool = False,
 ) -> Any:
     """Linearly Adaptive Cross Entropy between logits and target; arguments as `torch.nn.functional.cross_entropy`.
 
@@ -61,6 +63,9 @@ def lace_loss(
     statistics : return (loss, {"cross_entropy": -log q_t, "probability": q_t, "rank": classes ahead of t}), tensors of
         the target's shape without derivatives, for class indices. Rank < k is top-k accuracy; of equal logits the
         lower index is ahead. An ignored sample has 0, 0 and C.
+    gradient_in_forward : form the gradient together with the loss, for which logits are read once less. Of use with many
+        classes on a GPU, if nothing is to scale the loss: the gradient is formed again for an upstream gradient that is
+        not 1. It takes its memory from the forward pass on. No result depends on it.
 
     Raises
     ------
@@ -77,6 +82,7 @@ def lace_loss(
             strength=strength,
             normalizer=normalizer,
             statistics=statistics,
+            gradient_in_forward=gradient_in_forward,
         )
     if isinstance(ignore_index, (np.integer, Tensor)):
         ignore_index = index(ignore_index)
@@ -111,11 +117,11 @@ def lace_loss(
 
     if _kernel_applies(input, target, weight):
         if input.requires_grad and torch.is_grad_enabled():
-            loss, *found = _Kernel.apply(input, target, weight, options, statistics)
+            loss, *found = _Kernel.apply(input, target, weight, options, statistics, gradient_in_forward)
         else:
             loss, *found = _forward(input, target, weight, None, False, *options, statistics)
     else:
-        if not probabilities and _is_plain(input, target) and not _is_recorded():
+        if not probabilities and input.is_cpu and target.is_cpu and _is_plain(input, target) and not _is_recorded():
             check_target(target, input.shape[_class_axis(input)], ignore_index)
         loss = _composite(input, target, weight, *options)
         found = _statistics(input.detach(), target, ignore_index) if statistics else ()
@@ -127,8 +133,8 @@ def lace_loss(
 
 
 class LACELoss(_WeightedLoss):
-    """`lace_loss` as a module: constructed as `torch.nn.CrossEntropyLoss`, with `strength`; called with input, target
-    and, on request, `normalizer` and `statistics`.
+    """`lace_loss` as a module: constructed as `torch.nn.CrossEntropyLoss`, with `strength` and `gradient_in_forward`;
+    called with input, target and, on request, `normalizer` and `statistics`.
     """
 
     def __init__(
@@ -141,11 +147,13 @@ class LACELoss(_WeightedLoss):
         label_smoothing: float = 0.0,
         *,
         strength: float = 1.0,
+        gradient_in_forward: bool = False,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.strength = strength
+        self.gradient_in_forward = gradient_in_forward
 
     def forward(
         self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None, statistics: bool = False
@@ -160,6 +168,7 @@ class LACELoss(_WeightedLoss):
             strength=self.strength,
             normalizer=normalizer,
             statistics=statistics,
+            gradient_in_forward=self.gradient_in_forward,
         )
 
     def extra_repr(self) -> str:
@@ -227,8 +236,9 @@ def _working_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torc
 
 
 def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """The kernel has a first derivative with respect to the input (the second is the composite's), no forward mode, and
-    it is part of no graph that is meant to run elsewhere (export, trace). Compilers see it as one operation.
+    """A kernel has a first derivative with respect to the input (the second is the composite's), no forward mode, and
+    it is part of no graph that is meant to run elsewhere (export, trace). Compilers see it as one operation. On a GPU
+    it knows class indices and no float64.
     """
     given = (input, target) if weight is None else (input, target, weight)
     # The flag itself: compiled, is_exporting() is always True in torch 2.11.
@@ -238,8 +248,28 @@ def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
     for x in given:
         if x.is_floating_point() and x.dtype != work and not (x.dtype in _HALF and work == torch.float32):
             return False
-        if _has_tangent(x) or (x.requires_grad and x is not input):
+        if _has_tangent(x) or (x.requires_grad and x is not input) or x.device != input.device:
             return False
+    if _on_gpu(input):
+        return work == torch.float32 and not target.is_floating_point() and _triton_serves(input.device)
+    return input.is_cpu
+
+
+def _on_gpu(input: Tensor) -> bool:
+    return input.is_cuda
+
+
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
+def _triton_serves(device: torch.device) -> bool:
+    return _has_triton() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        from . import gpu  # noqa: F401
+    except ImportError:
+        return False
     return True
 
 
@@ -249,9 +279,9 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether Python may read the numbers: on a CPU, no subclass, outside of torch.func and jit's tracing."""
+    """Whether they are what they seem: no subclass, outside of torch.func and jit's tracing."""
     for x in tensors:
-        if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
+        if type(x) not in (Tensor, torch.nn.Parameter):
             return False
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return not tracing and not torch._C._are_functorch_transforms_active()
@@ -272,37 +302,74 @@ def _is_transformed(grad_output: Tensor) -> bool:
 
 
 class _Kernel(torch.autograd.Function):
-    """The loss and what is known beside it. The gradient is formed in the same pass, except for a half type: rounded to
-    it before a loss scale is known, it would underflow.
+    """The loss and what is known beside it. On a CPU the gradient is formed in the same pass, except for a half type:
+    rounded to it before a loss scale is known, it would underflow. On a GPU the backward pass forms it from what the
+    forward pass leaves.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: Any, statistics: bool
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: Any,
+        statistics: bool,
+        gradient_in_forward: bool,
     ) -> tuple[Tensor, ...]:
-        ctx.options = options
-        at_once = input.dtype not in _HALF
-        loss, *others = _forward(input, target, weight, None, at_once, *options, statistics)
-        gradient, found = (others[0], others[1:]) if at_once else (None, others)
-        ctx.save_for_backward(input, target, weight, gradient)
+        ctx.options, ctx.formed = options, None
+        if _on_gpu(input):
+            if gradient_in_forward and options[1] != "none" and not options[2] and not _is_recorded():
+                from . import gpu
+
+                outputs = gpu.forward(input, target, weight, True, *options, statistics, gradient_in_forward=True)
+                ctx.formed = outputs.pop()
+            else:
+                outputs = _forward(input, target, weight, None, True, *options, statistics)
+            loss, *left = outputs[:3]
+            found = outputs[3:]
+        else:
+            at_once = gradient_in_forward or input.dtype not in _HALF
+            loss, *others = _forward(input, target, weight, None, at_once, *options, statistics)
+            left, found = ([others[0], None], others[1:]) if at_once else ([None, None], others)
+        ctx.save_for_backward(input, target, weight, *left)
         if statistics:
             ctx.mark_non_differentiable(*found)
         return loss, *found
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, weight, gradient = ctx.saved_tensors
+        input, target, weight, *left = ctx.saved_tensors
         again = torch.is_grad_enabled()
         if _is_transformed(grad_output):
-            return _composite_gradient(grad_output, input, target, weight, ctx.options, again)[:1] + 4 * (None,)
-        compute = _Gradient.apply if again else _gradient
-        return compute(grad_output, input, target, weight, gradient, ctx.options), None, None, None, None
+            return _composite_gradient(grad_output, input, target, weight, ctx.options, again)[:1] + 5 * (None,)
+        if again:
+            gradient = _Gradient.apply(grad_output, input, target, weight, *left, ctx.options)
+        elif (formed := ctx.formed) is not None:
+            from . import gpu
+
+            ctx.formed = None  # it may be written over, and serves once
+            gradient = gpu.backward(grad_output, input, target, weight, *left, *ctx.options, formed=formed)
+        else:
+            gradient = _gradient(grad_output, input, target, weight, *left, ctx.options)
+        return gradient, None, None, None, None, None
 
 
 def _gradient(
-    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, gradient: Tensor | None, options: Any
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    gradient: Tensor | None,
+    divisor: Tensor | None,
+    options: Any,
 ) -> Tensor:
-    """`gradient`, which the kernel has formed, times `grad_output`; for a half type the kernel forms it now."""
+    """`gradient`, which the kernel has formed, times `grad_output`; for a half type the kernel forms it now. On a GPU it
+    is formed from the rows that are in the place of `gradient`, and divided by `divisor`.
+    """
+    if _on_gpu(input):
+        compute = _registered_backward if _is_recorded() else _backward
+        return compute(grad_output, input, target, weight, gradient, divisor, *options)
     if gradient is None:
         return _forward(input, target, weight, grad_output, True, *options, False)[1]
     axis = _class_axis(input)
@@ -320,7 +387,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, *given: Any) -> Tensor:
-        input, target, weight, _, ctx.options = given
+        input, target, weight, _, _, ctx.options = given
         ctx.save_for_backward(grad_output, input, target, weight)
         # Not the saved tensor itself, which would then be input and output.
         return _gradient(grad_output, *given).clone()
@@ -335,7 +402,7 @@ class _Gradient(torch.autograd.Function):
             by_input, *by_output = torch.autograd.grad(
                 gradient, [alias, seed] if seed.requires_grad else [alias], vector, create_graph=again
             )
-        return by_output[0] if by_output else None, by_input, None, None, None, None
+        return by_output[0] if by_output else None, by_input, None, None, None, None, None
 
 
 def _composite_gradient(
@@ -356,13 +423,25 @@ def _forward(
 
 
 def _outputs(
-    input: Tensor, target: Tensor, weight: Tensor | None, gradient: bool, reduction: str, statistics: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    gradient: bool,
+    reduction: str,
+    label_smoothing: float,
+    statistics: bool,
 ) -> list[Tensor]:
-    """Room for the loss, then for the gradient and for the three statistics, where they are asked for."""
+    """Room for the loss, then for the gradient and for the three statistics, where they are asked for. On a GPU, what the
+    backward pass forms the gradient from is in its place.
+    """
     axis, dtype = _class_axis(input), _working_dtype(input, target, weight)
     samples = input.shape[:axis] + input.shape[axis + 1 :]
     outputs = [input.new_empty(samples if reduction == "none" else (), dtype=dtype)]
-    if gradient:
+    if gradient and _on_gpu(input):
+        from . import gpu
+
+        outputs += [gpu.rows_like(input, label_smoothing), outputs[0].new_empty(() if reduction == "mean" else 0)]
+    elif gradient:
         outputs.append(torch.empty_like(input))
     if statistics:
         outputs += [input.new_empty(samples, dtype=kind) for kind in (dtype, dtype, torch.int64)]
@@ -381,8 +460,12 @@ def _by_kernel(
     strength: float,
     statistics: bool,
 ) -> list[Tensor]:
-    """`_outputs`, written by the C kernel; the gradient is multiplied by `grad_output`."""
-    outputs = _outputs(input, target, weight, gradient, reduction, statistics)
+    """`_outputs`, written by the C kernel, the gradient multiplied by `grad_output`; or by the kernels of a GPU."""
+    if _on_gpu(input):
+        from . import gpu
+
+        return gpu.forward(input, target, weight, gradient, ignore_index, reduction, label_smoothing, strength, statistics)
+    outputs = _outputs(input, target, weight, gradient, reduction, label_smoothing, statistics)
     loss, axis, probabilities = outputs[0], _class_axis(input), target.is_floating_point()
     stats = [x.view(-1) for x in outputs[-3:]] if statistics else None
     options = (ignore_index, label_smoothing, strength)
@@ -479,13 +562,41 @@ def _integers(target: Tensor) -> Tensor:
     return target if plain else target.to(torch.int64).contiguous().view(-1)
 
 
-# One operation to compilers and other modes that record what runs.
-_registered = torch.library.custom_op("lace_loss::by_kernel", _by_kernel, mutates_args=(), device_types="cpu")
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    rows: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    strength: float,
+) -> Tensor:
+    from . import gpu
+
+    options = (ignore_index, reduction, label_smoothing, strength)
+    return gpu.backward(grad_output, input, target, weight, rows, divisor, *options)
+
+
+def _like_gradient(grad_output: Tensor, input: Tensor, *_: Any) -> Tensor:
+    from . import gpu
+
+    return gpu.gradient_like(input)
+
+
+# One operation to compilers and other modes that record what runs, and one more on a GPU.
+_registered = torch.library.custom_op("lace_loss::by_kernel", _by_kernel, mutates_args=(), device_types=("cpu", "cuda"))
 _registered.register_fake(
-    lambda input, target, weight, _above, gradient, _ignored, reduction, _e, _s, statistics: _outputs(
-        input, target, weight, gradient, reduction, statistics
+    lambda input, target, weight, _above, gradient, _ignored, reduction, label_smoothing, _s, statistics: _outputs(
+        input, target, weight, gradient, reduction, label_smoothing, statistics
     )
 )
+_registered_backward = torch.library.custom_op(
+    "lace_loss::backward", _backward, mutates_args=(), device_types="cuda"
+)
+_registered_backward.register_fake(_like_gradient)
 
 
 def _composite(
