@@ -218,11 +218,9 @@ def _forward(
     w = tl.full([BM], 1.0, tl.float32) if weight is None else tl.load(weight + known)
 
     m, s, ahead = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.int32)
-    x, j, others = _load(z, t, exists, counts, 0, start, samples, C, ROW, BC, V)
-    m, s, ahead = _add(m, s, ahead, x, j, others, t, z_t, WIDE, rank is not None)
-    for first in range(BC, C + V - 1, BC):
-        y, k, more = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
-        m, s, ahead = _add(m, s, ahead, y, k, more, t, z_t, WIDE, rank is not None)
+    for first in range(0, C + V - 1, BC):
+        x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+        m, s, ahead = _add(m, s, ahead, x, j, others, t, z_t, WIDE, rank is not None)
     m, r, q, n, q_m, n_m = _row(z_t, m, s)
     f, k_t = _factors(r, q, n, strength, rest)
     of_sample = _weighted(w, f)
@@ -232,12 +230,12 @@ def _forward(
         less, tied, w_m = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.int32), tl.zeros([BM], tl.float32)
         f_less, k_less = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
         for first in range(0, C + V - 1, BC):
-            y, k, more = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
-            w_j = _class_weights(weight, k, more)
-            e = _exp(y, m[:, None], 0, WIDE)
+            x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+            w_j = _class_weights(weight, j, others)
+            e = _exp(x, m[:, None], 0, WIDE)
             q_j = e * q_m[:, None]
-            f_j, k_j = _factors(1.0 - q_j, q_j, m[:, None] - y + n_m[:, None], strength, rest)
-            below, at = more & (y < m[:, None]), more & (y == m[:, None])
+            f_j, k_j = _factors(1.0 - q_j, q_j, m[:, None] - x + n_m[:, None], strength, rest)
+            below, at = others & (x < m[:, None]), others & (x == m[:, None])
             less += tl.sum(tl.where(below, e, 0.0), 1)
             tied += tl.sum(at.to(tl.int32), 1)
             w_m += tl.sum(tl.where(at, w_j, 0.0), 1)
@@ -263,17 +261,24 @@ def _forward(
         tl.store(loss, tl.div_rn(tl.sum(of_sample, 0), by))
         tl.store(weights, by)
     if rows is not None:
-        tl.store(rows + sample, m, mask=exists)
+        rows += sample  # and on by `total`, of which a multiple may not fit in 32 bits
+        tl.store(rows, m, mask=exists)
         if SMOOTHED:
-            tl.store(rows + total + sample, q_m * bad, mask=exists)
-            tl.store(rows + 2 * total + sample, n_m, mask=exists)
-            tl.store(rows + 3 * total + sample, (own + of_m + of_less) * bad, mask=exists)
-            tl.store(rows + 4 * total + sample, (q * (of_m + of_less) - r * own) * bad, mask=exists)
-            tl.store(rows + 5 * total + sample, tl.where(tied == 1, m, float("nan")), mask=exists)
-            tl.store(rows + 6 * total + sample, (q_m * (own + of_less) - r_m * of_m) * bad, mask=exists)
+            tl.store(rows + total, q_m * bad, mask=exists)
+            rows += total
+            tl.store(rows + total, n_m, mask=exists)
+            rows += total
+            tl.store(rows + total, (own + of_m + of_less) * bad, mask=exists)
+            rows += total
+            tl.store(rows + total, (q * (of_m + of_less) - r * own) * bad, mask=exists)
+            rows += total
+            tl.store(rows + total, tl.where(tied == 1, m, float("nan")), mask=exists)
+            rows += total
+            tl.store(rows + total, (q_m * (own + of_less) - r_m * of_m) * bad, mask=exists)
         else:
-            tl.store(rows + total + sample, w * k_t * q_m * bad, mask=exists)
-            tl.store(rows + 2 * total + sample, -w * k_t * r * bad, mask=exists)
+            tl.store(rows + total, w * k_t * q_m * bad, mask=exists)
+            rows += total
+            tl.store(rows + total, -w * k_t * r * bad, mask=exists)
     if rank is not None:
         tl.store(cross_entropy + sample, tl.where(counts, n * bad, 0.0), mask=exists)
         tl.store(probability + sample, tl.where(counts, q * bad, 0.0), mask=exists)
@@ -282,11 +287,9 @@ def _forward(
         _, _, to = _samples_of(tl.program_id(0), samples, C, C if ROW else 0, BM)
         scale = bad if divisor is None else bad * tl.div_rn(1.0, tl.load(divisor))
         a, g = tl.where(counts, w * k_t * q_m * scale, 0.0), tl.where(counts, -w * k_t * r * scale, 0.0)
-        value = _gradient(x, j, t, m, a, g, WIDE)
-        _store(gradient, value, 0, to, exists, samples, C, ROW, BC, V)
-        for first in range(BC, C + V - 1, BC):
-            y, k, more = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
-            value = _gradient(y, k, t, m, a, g, WIDE)
+        for first in range(0, C + V - 1, BC):
+            x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+            value = _gradient(x, j, t, m, a, g, WIDE)
             _store(gradient, value, first, to, exists, samples, C, ROW, BC, V)
 
 
@@ -296,6 +299,11 @@ def _class_weights(weight, j, others):
         return tl.full([1, 1], 1.0, tl.float32)
     else:
         return tl.load(weight + j, mask=others, other=0.0)
+
+
+@triton.jit
+def _next(rows, total, exists):
+    return tl.load(rows, mask=exists, other=0.0), rows + total
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -317,15 +325,19 @@ def _backward(
     scale = tl.where(counts, scale.to(tl.float32), 0.0)
     if divisor is not None:
         scale = tl.div_rn(scale, tl.load(divisor))
-    m = tl.load(rows + sample, mask=exists, other=0.0)
     rows += sample
+    m, rows = _next(rows, total, exists)
     if SMOOTHED:
-        q_m, n_m = tl.load(rows + total, mask=exists, other=0.0), tl.load(rows + 2 * total, mask=exists, other=0.0)
-        factors, g = tl.load(rows + 3 * total, mask=exists, other=0.0), tl.load(rows + 4 * total, mask=exists, other=0.0)
-        only, g_m = tl.load(rows + 5 * total, mask=exists, other=0.0), tl.load(rows + 6 * total, mask=exists, other=0.0)
+        q_m, rows = _next(rows, total, exists)
+        n_m, rows = _next(rows, total, exists)
+        factors, rows = _next(rows, total, exists)
+        g, rows = _next(rows, total, exists)
+        only, rows = _next(rows, total, exists)
+        g_m, rows = _next(rows, total, exists)
     else:
-        a = tl.where(counts, tl.load(rows + total, mask=exists, other=0.0) * scale, 0.0)
-        g = tl.where(counts, tl.load(rows + 2 * total, mask=exists, other=0.0) * scale, 0.0)
+        a, rows = _next(rows, total, exists)
+        g, rows = _next(rows, total, exists)
+        a, g = tl.where(counts, a * scale, 0.0), tl.where(counts, g * scale, 0.0)
     for first in range(tl.program_id(0) % splits * BC, C + V - 1, splits * BC):
         x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
         if SMOOTHED:
@@ -337,9 +349,9 @@ def _backward(
         _store(gradient, value, first, to, exists, samples, C, ROW, BC, V)
 
 
-# Logits of a program. Rows longer than a block are read block by block; a gradient formed in the forward pass wants the
-# row in registers, which hold 32,768 logits without spilling, and else its first block.
-_BLOCK, _LONG_BLOCK, _ONE_PROGRAM, _RESIDENT = 4096, 8192, 16384, 32768
+# Logits of a program, 32 a thread; longer rows are read block by block. One that forms the gradient in the forward pass
+# reads its row twice: few programs at a time leave it in the L2 cache until then.
+_BLOCK, _LARGE_BLOCK = 4096, 16384
 _ENOUGH_PROGRAMS = 256  # about two for each multiprocessor
 
 
@@ -365,33 +377,32 @@ def forward(
     rows = rows_like(input, label_smoothing) if kept else None
     gradient = gradient_like(input) if gradient_in_forward else None
     found = [z.new_empty(target.shape, dtype=x) for x in (torch.float32, torch.float32, torch.int64)] * statistics
-    cross_entropy, probability, rank = found or 3 * [None]
+    bm, bc, v = _block(z, row, side_by_side, _LARGE_BLOCK if gradient_in_forward else _BLOCK)
 
-    longest = _RESIDENT if gradient_in_forward and classes <= _RESIDENT else _LONG_BLOCK
-    bm, bc, v = _block(z, row, side_by_side, longest)
     # Few logits are a matter of launches: one program reduces the loss, too.
-    at_once = gradient is None and reduction != "none" and row > 0 and _power_of_2(total) * bc <= _ONE_PROGRAM and classes <= bc
-    at_once = at_once and total > 0
-    if at_once:
-        bm = _power_of_2(total)
-    sums = z.new_empty((1 + mean, 1 if at_once else total), dtype=torch.float32)
+    in_one = reduction != "none" and not gradient_in_forward and row > 0 and bc >= classes and total > 0
+    in_one = in_one and _power_of_2(total) * bc <= _LARGE_BLOCK
     divisor = _divisor(target, weight, classes, ignore_index) if gradient_in_forward and mean else None
+    # The loss is a tensor of its own, for it may be changed in place.
+    pairs = z.new_empty((2, *target.shape), dtype=torch.float32) if mean and not in_one and divisor is None else None
+    loss = z.new_empty(() if in_one else target.shape, dtype=torch.float32) if pairs is None else pairs[0]
+    weights = pairs[1] if pairs is not None else torch.empty_like(loss) if in_one and mean else None
     if total:
+        bm = _power_of_2(total) if in_one else bm
         _launch(
             _forward, total // side_by_side * triton.cdiv(side_by_side, bm), bm * bc, input,
-            *(z, target, weight, sums[0], sums[1] if mean else None, rows, divisor, gradient),
-            *(cross_entropy, probability, rank, side_by_side, total, ignore_index, strength, 1 - strength),
-            label_smoothing, classes, row, bm, bc, v, label_smoothing > 0, reduction if at_once else "none",
+            *(z, target, weight, loss, weights, rows, divisor, gradient, *(found or 3 * [None])),
+            *(side_by_side, total, ignore_index, strength, 1 - strength, label_smoothing),
+            *(classes, row, bm, bc, v, label_smoothing > 0, reduction if in_one else "none"),
         )  # fmt: skip
-    if reduction == "none":
-        loss = sums.view(target.shape)
-    elif at_once:
-        loss, divisor = sums[0, 0], sums[1, 0] if mean else None
-    else:
-        sums = sums.sum(1)
-        divisor = sums[1] if mean and divisor is None else divisor
-        loss = sums[0] if divisor is None else sums[0] / divisor
-    left = [] if rows is None else [rows, sums.new_empty(0) if divisor is None else divisor]
+    if pairs is not None:
+        total_loss, divisor = pairs.flatten(1).sum(1).unbind()
+        loss = total_loss / divisor
+    elif in_one:
+        divisor = weights
+    elif reduction != "none":
+        loss = loss.sum() if divisor is None else loss.sum() / divisor
+    left = [] if rows is None else [rows, loss.new_empty(0) if divisor is None else divisor]
     return [loss, *left, *found, *([] if gradient is None else [gradient])]
 
 
@@ -433,7 +444,7 @@ def backward(
 
 
 def _launch(kernel: Any, programs: int, logits: int, input: Tensor, *arguments: Any) -> None:
-    warps = max(1, min(4, logits // 256), min(32, logits // 512))
+    warps = max(1, min(4, logits // 256), min(16, logits // 1024))
     with torch.cuda.device_of(input):
         kernel[(programs,)](*arguments, num_warps=warps)
 
