@@ -237,13 +237,15 @@ class Result:
     answer: Answer
 
 
-def judge(case: Case, answer: Answer, plain: bool) -> Result:
-    """Compare an answer with the expected values, allowing `plain` times the tolerance if asked. Raises PortError."""
+def judge(case: Case, answer: Answer, plain: float) -> Result:
+    """Compare an answer with the expected values. `plain` allows what a plain implementation loses (True), or so many
+    times the tolerance. Raises PortError.
+    """
     if case.refused:
         return Result(case, {}, answer is None or refuses(case, answer), answer)
     if answer is None:
         raise PortError(f"{case}: refused, but every index is a class")
-    factor = float(case.words["plain"][0]) if plain and "plain" in case.words else 1.0
+    factor = float(case.words.get("plain", ["1"])[0]) if plain is True else max(1.0, plain)
     errors, holds = {}, True
     for quantity in case.asked:
         if quantity not in answer:
@@ -303,7 +305,7 @@ def brief(values: Array) -> str:
 Implementation = Callable[[Case], Answer]
 
 
-def run(implementation: Implementation, cases: list[Case], plain: bool = False) -> list[Result]:
+def run(implementation: Implementation, cases: list[Case], plain: float = False) -> list[Result]:
     return [judge(case, implementation(case), plain) for case in cases]
 
 
