@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["backward", "forward", "gradient_like", "rows_like"]
+__all__ = ["backward", "forward", "gradient_like", "rows_like", "warps"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN2_HIGH = tl.constexpr(355 / 512)  # nine bits: its multiples are exact
@@ -231,7 +231,7 @@ def _forward(
         f_less, k_less = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
         for first in range(0, C + V - 1, BC):
             x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
-            w_j = _class_weights(weight, j, others)
+            w_j = _class_weights(weight, j, C)
             e = _exp(x, m[:, None], 0, WIDE)
             q_j = e * q_m[:, None]
             f_j, k_j = _factors(1.0 - q_j, q_j, m[:, None] - x + n_m[:, None], strength, rest)
@@ -272,7 +272,7 @@ def _forward(
             rows += total
             tl.store(rows + total, (q * (of_m + of_less) - r * own) * bad, mask=exists)
             rows += total
-            tl.store(rows + total, tl.where(tied == 1, m, float("nan")), mask=exists)
+            tl.store(rows + total, tl.where(tied == 1, m, float("inf")), mask=exists)
             rows += total
             tl.store(rows + total, (q_m * (own + of_less) - r_m * of_m) * bad, mask=exists)
         else:
@@ -294,11 +294,11 @@ def _forward(
 
 
 @triton.jit
-def _class_weights(weight, j, others):
+def _class_weights(weight, j, C: tl.constexpr):
     if weight is None:
         return tl.full([1, 1], 1.0, tl.float32)
     else:
-        return tl.load(weight + j, mask=others, other=0.0)
+        return tl.load(weight + j, mask=(j >= 0) & (j < C), other=0.0)
 
 
 @triton.jit
@@ -341,7 +341,7 @@ def _backward(
     for first in range(tl.program_id(0) % splits * BC, C + V - 1, splits * BC):
         x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
         if SMOOTHED:
-            w = _class_weights(weight, j, others)
+            w = _class_weights(weight, j, C)
             value = _smoothed_gradient(x, j, t, w, m, q_m, n_m, factors, g, only, g_m, smoothing / C, strength, rest, WIDE)
             value = tl.where(counts[:, None], value * scale[:, None], 0.0)
         else:
@@ -385,8 +385,8 @@ def forward(
     divisor = _divisor(target, weight, classes, ignore_index) if gradient_in_forward and mean else None
     # The loss is a tensor of its own, for it may be changed in place.
     pairs = z.new_empty((2, *target.shape), dtype=torch.float32) if mean and not in_one and divisor is None else None
-    loss = z.new_empty(() if in_one else target.shape, dtype=torch.float32) if pairs is None else pairs[0]
-    weights = pairs[1] if pairs is not None else torch.empty_like(loss) if in_one and mean else None
+    loss = z.new_empty(() if in_one else target.shape, dtype=torch.float32) if pairs is None else pairs[1]
+    weights = pairs[0] if pairs is not None else torch.empty_like(loss) if in_one and mean else None
     if total:
         bm = _power_of_2(total) if in_one else bm
         _launch(
@@ -396,8 +396,8 @@ def forward(
             *(classes, row, bm, bc, v, label_smoothing > 0, reduction if in_one else "none"),
         )  # fmt: skip
     if pairs is not None:
-        total_loss, divisor = pairs.flatten(1).sum(1).unbind()
-        loss = total_loss / divisor
+        divisor, loss = pairs.flatten(1).sum(1).unbind()
+        loss = loss / divisor
     elif in_one:
         divisor = weights
     elif reduction != "none":
@@ -444,9 +444,13 @@ def backward(
 
 
 def _launch(kernel: Any, programs: int, logits: int, input: Tensor, *arguments: Any) -> None:
-    warps = max(1, min(4, logits // 256), min(16, logits // 1024))
     with torch.cuda.device_of(input):
-        kernel[(programs,)](*arguments, num_warps=warps)
+        kernel[(programs,)](*arguments, num_warps=warps(logits))
+
+
+def warps(logits: int) -> int:
+    """Of a program."""
+    return max(1, min(4, logits // 256), min(16, logits // 1024))
 
 
 def _classes(input: Tensor) -> int:
