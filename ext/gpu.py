@@ -349,9 +349,10 @@ def _backward(
         _store(gradient, value, first, to, exists, samples, C, ROW, BC, V)
 
 
-# Logits of a program, 32 a thread; longer rows are read block by block. One that forms the gradient in the forward pass
-# reads its row twice: few programs at a time leave it in the L2 cache until then.
-_BLOCK, _LARGE_BLOCK = 4096, 16384
+# Logits of a program, 32 a thread (16 with smoothing, which has more to keep in registers); longer rows are read block by
+# block. A program that forms the gradient in the forward pass reads its row twice: it is a larger one, for fewer rows to
+# be under way at a time, and the L2 cache to hold them until then.
+_BLOCK, _LARGE_BLOCK, _ONE_PROGRAM = 4096, 8192, 16384
 _ENOUGH_PROGRAMS = 256  # about two for each multiprocessor
 
 
@@ -377,11 +378,11 @@ def forward(
     rows = rows_like(input, label_smoothing) if kept else None
     gradient = gradient_like(input) if gradient_in_forward else None
     found = [z.new_empty(target.shape, dtype=x) for x in (torch.float32, torch.float32, torch.int64)] * statistics
-    bm, bc, v = _block(z, row, side_by_side, _LARGE_BLOCK if gradient_in_forward else _BLOCK)
+    bm, bc, v = _block(z, row, side_by_side, _LARGE_BLOCK if gradient_in_forward else _BLOCK // (1 + (label_smoothing > 0)))
 
     # Few logits are a matter of launches: one program reduces the loss, too.
     in_one = reduction != "none" and not gradient_in_forward and row > 0 and bc >= classes and total > 0
-    in_one = in_one and _power_of_2(total) * bc <= _LARGE_BLOCK
+    in_one = in_one and _power_of_2(total) * bc <= _ONE_PROGRAM
     divisor = _divisor(target, weight, classes, ignore_index) if gradient_in_forward and mean else None
     # The loss is a tensor of its own, for it may be changed in place.
     pairs = z.new_empty((2, *target.shape), dtype=torch.float32) if mean and not in_one and divisor is None else None
@@ -429,7 +430,7 @@ def backward(
     gradient = gradient_like(input) if formed is None else formed
     each = any(grad_output.stride())
     grad_output = grad_output.resolve_neg().contiguous() if each else grad_output
-    bm, bc, v = _block(z, row, side_by_side, _BLOCK)
+    bm, bc, v = _block(z, row, side_by_side, _BLOCK // (1 + (label_smoothing > 0)))
     blocks, columns = total // max(1, side_by_side) * triton.cdiv(side_by_side, bm), triton.cdiv(classes, bc)
     # A program that finds the gradient formed costs about as much as one that forms a few thousand entries.
     splits = 1 if formed is not None else min(columns, triton.cdiv(16 * _ENOUGH_PROGRAMS, max(1, blocks)))
@@ -495,11 +496,11 @@ def _power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _block(z: Tensor, row: int, side_by_side: int, longest: int) -> tuple[int, int, int]:
+def _block(z: Tensor, row: int, side_by_side: int, logits: int) -> tuple[int, int, int]:
     """Samples and classes of a program, and how many logits of a row that does not begin at 16 bytes make up 16 bytes."""
     classes = _classes(z)
-    bc = min(_power_of_2(classes), longest if row else 32)
-    bm = min(max(1, _BLOCK // bc), _power_of_2(side_by_side))
+    bc = min(_power_of_2(classes), logits if row else 32)
+    bm = min(logits // bc, _power_of_2(side_by_side))
     while bm > max(1, 512 // bc) and z.numel() // classes < _ENOUGH_PROGRAMS * bm:
         bm //= 2
     v = 16 // z.element_size()

@@ -15,15 +15,21 @@ from lace_loss.ext import torch as lace_torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request, monkeypatch):
-    if request.param == "cuda" and not INTERPRETED and not torch.cuda.is_available():
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """The device for tensors that a GPU's kernels shall work on."""
+    if INTERPRETED:
+        monkeypatch.setattr(lace_torch, "_on_gpu", lambda input: True)
+        monkeypatch.setattr(lace_torch, "_triton_serves", lambda device: True)
+        lace_torch._registered_backward.register_kernel("cpu")(lace_torch._backward)
+        with np.errstate(all="ignore"):  # the interpreter is NumPy
+            yield "cpu"
+    elif torch.cuda.is_available():
+        yield "cuda"
+    else:
         pytest.skip("torch sees no CUDA device")
-    if request.param == "cpu" or not INTERPRETED:
-        yield request.param
-        return
-    monkeypatch.setattr(lace_torch, "_on_gpu", lambda input: True)
-    monkeypatch.setattr(lace_torch, "_triton_serves", lambda device: True)
-    lace_torch._registered_backward.register_kernel("cpu")(lace_torch._backward)
-    with np.errstate(all="ignore"):  # the interpreter is NumPy
-        yield "cpu"
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    return "cpu" if request.param == "cpu" else request.getfixturevalue("a_gpu")
