@@ -63,9 +63,9 @@ def lace_loss(
     statistics : return (loss, {"cross_entropy": -log q_t, "probability": q_t, "rank": classes ahead of t}), tensors of
         the target's shape without derivatives, for class indices. Rank < k is top-k accuracy; of equal logits the
         lower index is ahead. An ignored sample has 0, 0 and C.
-    gradient_in_forward : form the gradient together with the loss, for which logits are read once less. Of use with many
-        classes on a GPU, if nothing is to scale the loss: the gradient is formed again for an upstream gradient that is
-        not 1. It takes its memory from the forward pass on. No result depends on it.
+    gradient_in_forward : form the gradient together with the loss, for which logits are read once less. Of use with
+        many classes on a GPU, if nothing scales the loss: the gradient is formed again for an upstream gradient other
+        than 1. It takes its memory from the forward pass on.
 
     Raises
     ------
@@ -259,7 +259,7 @@ def _on_gpu(input: Tensor) -> bool:
     return input.is_cuda
 
 
-@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton_serves(device: torch.device) -> bool:
     return _has_triton() and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -318,20 +318,21 @@ class _Kernel(torch.autograd.Function):
         gradient_in_forward: bool,
     ) -> tuple[Tensor, ...]:
         ctx.options, ctx.formed = options, None
+        left: list[Any]
         if _on_gpu(input):
             if gradient_in_forward and options[1] != "none" and not options[2] and not _is_recorded():
                 from . import gpu
 
-                outputs = gpu.forward(input, target, weight, True, *options, statistics, gradient_in_forward=True)
+                given = (*options, statistics)
+                outputs = gpu.forward(input, target, weight, True, *given, gradient_in_forward=True)
                 ctx.formed = outputs.pop()
             else:
                 outputs = _forward(input, target, weight, None, True, *options, statistics)
-            loss, *left = outputs[:3]
-            found = outputs[3:]
+            loss, *left, found = *outputs[:3], outputs[3:]
         else:
             at_once = gradient_in_forward or input.dtype not in _HALF
             loss, *others = _forward(input, target, weight, None, at_once, *options, statistics)
-            left, found = ([others[0], None], others[1:]) if at_once else ([None, None], others)
+            left, found = [others[0] if at_once else None, None], others[at_once:]
         ctx.save_for_backward(input, target, weight, *left)
         if statistics:
             ctx.mark_non_differentiable(*found)
@@ -339,19 +340,19 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, weight, *left = ctx.saved_tensors
+        input, target, weight, *_ = given = ctx.saved_tensors
         again = torch.is_grad_enabled()
         if _is_transformed(grad_output):
             return _composite_gradient(grad_output, input, target, weight, ctx.options, again)[:1] + 5 * (None,)
         if again:
-            gradient = _Gradient.apply(grad_output, input, target, weight, *left, ctx.options)
+            gradient = _Gradient.apply(grad_output, *given, ctx.options)
         elif (formed := ctx.formed) is not None:
             from . import gpu
 
             ctx.formed = None  # it may be written over, and serves once
-            gradient = gpu.backward(grad_output, input, target, weight, *left, *ctx.options, formed=formed)
+            gradient = gpu.backward(grad_output, *given, *ctx.options, formed=formed)
         else:
-            gradient = _gradient(grad_output, input, target, weight, *left, ctx.options)
+            gradient = _gradient(*(grad_output, *given, ctx.options))
         return gradient, None, None, None, None, None
 
 
@@ -364,10 +365,10 @@ def _gradient(
     divisor: Tensor | None,
     options: Any,
 ) -> Tensor:
-    """`gradient`, which the kernel has formed, times `grad_output`; for a half type the kernel forms it now. On a GPU it
-    is formed from the rows that are in the place of `gradient`, and divided by `divisor`.
+    """`gradient`, which the kernel has formed, times `grad_output`; for a half type the kernel forms it now. On a GPU
+    it is formed from the rows that are in the place of `gradient`, and divided by `divisor`.
     """
-    if _on_gpu(input):
+    if _on_gpu(input) and gradient is not None and divisor is not None:
         compute = _registered_backward if _is_recorded() else _backward
         return compute(grad_output, input, target, weight, gradient, divisor, *options)
     if gradient is None:
@@ -431,8 +432,8 @@ def _outputs(
     label_smoothing: float,
     statistics: bool,
 ) -> list[Tensor]:
-    """Room for the loss, then for the gradient and for the three statistics, where they are asked for. On a GPU, what the
-    backward pass forms the gradient from is in its place.
+    """Room for the loss, then for the gradient and for the three statistics, where they are asked for. On a GPU, what
+    the backward pass forms the gradient from is in its place.
     """
     axis, dtype = _class_axis(input), _working_dtype(input, target, weight)
     samples = input.shape[:axis] + input.shape[axis + 1 :]
@@ -464,7 +465,9 @@ def _by_kernel(
     if _on_gpu(input):
         from . import gpu
 
-        return gpu.forward(input, target, weight, gradient, ignore_index, reduction, label_smoothing, strength, statistics)
+        return gpu.forward(
+            input, target, weight, gradient, ignore_index, reduction, label_smoothing, strength, statistics
+        )
     outputs = _outputs(input, target, weight, gradient, reduction, label_smoothing, statistics)
     loss, axis, probabilities = outputs[0], _class_axis(input), target.is_floating_point()
     stats = [x.view(-1) for x in outputs[-3:]] if statistics else None
@@ -593,9 +596,7 @@ _registered.register_fake(
         input, target, weight, gradient, reduction, label_smoothing, statistics
     )
 )
-_registered_backward = torch.library.custom_op(
-    "lace_loss::backward", _backward, mutates_args=(), device_types="cuda"
-)
+_registered_backward = torch.library.custom_op("lace_loss::backward", _backward, mutates_args=(), device_types="cuda")
 _registered_backward.register_fake(_like_gradient)
 
 

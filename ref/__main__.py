@@ -94,8 +94,8 @@ def in_torch(function: Any, dtype: str, device: str) -> Implementation:
 
 
 def installed() -> Iterator[tuple[str, str, list[str], float, Implementation | str]]:
-    """Name, dtype, levels, whether plain tolerances apply or how many times the others, and the implementation or why it
-    cannot run.
+    """Name, dtype, levels, whether plain tolerances apply or how many times the others, and the implementation or why
+    it cannot run.
     """
     first = [level for level in LEVELS if level != "second"]
     yield "ref", "f64", list(LEVELS), False, by_reference

@@ -4,9 +4,9 @@
 
 Prints, and writes to results/<device>.md beside this file, for each shape and forward, backward and both: the median
 time on a cold cache, GB/s, its share of the copy bandwidth measured here, the others' times over LACELoss's in the same
-round, and peak memory. The bytes are the same for everybody: the logits once forward, twice backward (read and written),
-three times both; twice "at once", with the gradient formed in the forward pass. Times are the device's own. (100, 100) is
-measured as calls by the wall clock and as a CUDA graph. Exit status: 2 without a GPU, 1 if a kernel is wrong.
+round, and peak memory. The bytes are the same for everybody: the logits once forward, twice backward (read, written),
+three times both; twice "at once", with the gradient formed in the forward pass. Times are the device's own. (100, 100)
+is measured as calls by the wall clock and as a CUDA graph. Exit status: 2 without a GPU, 1 if a kernel is wrong.
 """
 
 import argparse
