@@ -383,15 +383,17 @@ def forward(
     )
 
     # Few logits are a matter of launches: one program reduces the loss, too.
-    in_one = reduction != "none" and not gradient_in_forward and row > 0 and bc >= classes and total > 0
-    in_one = in_one and _power_of_2(total) * bc <= _ONE_PROGRAM
+    in_one = reduction != "none" and not gradient_in_forward and row > 0 and 0 < total <= _LARGE_BLOCK
+    in_one = in_one and bc >= classes and _power_of_2(total) * bc <= _ONE_PROGRAM
     divisor = _divisor(target, weight, classes, ignore_index) if gradient_in_forward and mean else None
     # The loss is a tensor of its own, for it may be changed in place.
     pairs = z.new_empty((2, *target.shape), dtype=torch.float32) if mean and not in_one and divisor is None else None
     loss = z.new_empty(() if in_one else target.shape, dtype=torch.float32) if pairs is None else pairs[1]
     weights = pairs[0] if pairs is not None else torch.empty_like(loss) if in_one and mean else None
     if total:
-        bm = _power_of_2(total) if in_one else bm
+        if in_one:
+            bm = _power_of_2(total)
+            bc = min(bc, _LARGE_BLOCK // bm)
         _launch(
             _forward, total // side_by_side * triton.cdiv(side_by_side, bm), bm * bc, input,
             *(z, target, weight, loss, weights, rows, divisor, gradient, *(found or 3 * [None])),
@@ -448,7 +450,7 @@ def backward(
 
 def _launch(kernel: Any, programs: int, logits: int, input: Tensor, *arguments: Any) -> None:
     with torch.cuda.device_of(input):  # launches go to the current device
-        kernel[(programs,)](*arguments, num_warps=warps(logits))
+        kernel[(programs,)](*arguments, num_warps=warps(logits), enable_fp_fusion=True)  # 3.9 wants to be told
 
 
 def warps(logits: int) -> int:

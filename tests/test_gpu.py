@@ -269,7 +269,8 @@ def compiled(kernel, logits, arguments, target):
         if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and not general):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": gpu.warps(logits)})
+    options = {"num_warps": gpu.warps(logits), "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
 
 
 def machine_code(binary, tmp_path):
