@@ -307,7 +307,7 @@ def _next(rows, total, exists):
 @triton.jit(do_not_specialize=["ignore_index"])
 def _backward(
     gradient, grad_output, z, target, weight, rows, divisor,
-    samples, total, splits, ignore_index, strength, rest, smoothing,
+    samples, total, splits: tl.constexpr, ignore_index, strength, rest, smoothing,
     C: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr,
     SMOOTHED: tl.constexpr, EACH: tl.constexpr, FORMED: tl.constexpr,
 ):  # fmt: skip
@@ -336,7 +336,8 @@ def _backward(
         a, rows = _next(rows, total, exists)
         g, rows = _next(rows, total, exists)
         a, g = tl.where(counts, a * scale, 0.0), tl.where(counts, g * scale, 0.0)
-    for first in range(tl.program_id(0) % splits * BC, C + V - 1, splits * BC):
+    for step in range(0, C + V - 1, splits * BC):
+        first = step + tl.program_id(0) % splits * BC
         x, j, _others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
         if SMOOTHED:
             w = _class_weights(weight, j, C)
@@ -437,7 +438,7 @@ def backward(
     bm, bc, v = _block(z, row, side_by_side, _BLOCK // (1 + (label_smoothing > 0)))
     blocks, columns = total // max(1, side_by_side) * triton.cdiv(side_by_side, bm), triton.cdiv(classes, bc)
     # A program that finds the gradient formed costs about as much as one that forms a few thousand entries.
-    splits = 1 if formed is not None else min(columns, triton.cdiv(16 * _ENOUGH_PROGRAMS, max(1, blocks)))
+    splits = 1 if formed is not None else _power_of_2(min(columns, triton.cdiv(16 * _ENOUGH_PROGRAMS, max(1, blocks))))
     if total:
         _launch(
             _backward, blocks * splits, bm * bc, input,
