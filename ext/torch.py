@@ -8,11 +8,12 @@ The sum leaves the true class out, so nothing is lost when the model is sure. `l
 multiple of 1.2e-7 in float32, and L, which is about its square, is then exactly 0 from a margin of 20 on.
 
 This composite form runs on any device and can be differentiated any number of times. On a CPU the C kernel takes its
-place where the result is the same (see `_kernel_applies`).
+place where the result is the same, on a GPU those of `gpu.py`, which wants Triton (see `_kernel_applies`).
 """
 
 from __future__ import annotations
 
+from functools import cache
 from math import isfinite
 from operator import index
 from typing import Any
@@ -51,6 +52,7 @@ def lace_loss(
     strength: float = 1.0,
     normalizer: float | Tensor | None = None,
     statistics: bool = False,
+    gradient_in_forward: bool = False,
 ) -> Any:
     """Linearly Adaptive Cross Entropy between logits and target; arguments as `torch.nn.functional.cross_entropy`.
 
@@ -64,6 +66,9 @@ def lace_loss(
     statistics : return (loss, {"cross_entropy": -log q_t, "probability": q_t, "rank": classes ahead of t}), tensors of
         the target's shape without derivatives, for class indices. Rank < k is top-k accuracy; of equal logits the
         lower index is ahead. An ignored sample has 0, 0 and C.
+    gradient_in_forward : form the gradient together with the loss, for which logits are read once less. Of use with
+        many classes on a GPU, if nothing scales the loss: the gradient is formed again for an upstream gradient other
+        than 1. It takes its memory from the forward pass on.
 
     Raises
     ------
@@ -80,6 +85,7 @@ def lace_loss(
             strength=strength,
             normalizer=normalizer,
             statistics=statistics,
+            gradient_in_forward=gradient_in_forward,
         )
     if type(ignore_index) is not int and isinstance(ignore_index, (np.integer, Tensor)):
         ignore_index = index(ignore_index)
@@ -114,11 +120,11 @@ def lace_loss(
 
     if _kernel_applies(input, target, weight):
         if input.requires_grad and torch.is_grad_enabled():
-            loss, *found = _Kernel.apply(input, target, weight, options, statistics)
+            loss, *found = _Kernel.apply(input, target, weight, options, statistics, gradient_in_forward)
         else:
             loss, *found = _operation()(input, target, weight, None, False, *options, statistics)
     else:
-        if not probabilities and _is_plain(input, target) and not _is_recorded():
+        if not probabilities and input.is_cpu and target.is_cpu and _is_plain(input, target) and not _is_recorded():
             check_target(target, input.shape[_class_axis(input)], ignore_index)
         loss = _composite(input, target, weight, *options)
         found = _statistics(input.detach(), target, ignore_index) if statistics else ()
@@ -130,8 +136,8 @@ def lace_loss(
 
 
 class LACELoss(_WeightedLoss):
-    """`lace_loss` as a module: constructed as `torch.nn.CrossEntropyLoss`, with `strength`; called with input, target
-    and, on request, `normalizer` and `statistics`.
+    """`lace_loss` as a module: constructed as `torch.nn.CrossEntropyLoss`, with `strength` and `gradient_in_forward`;
+    called with input, target and, on request, `normalizer` and `statistics`.
     """
 
     def __init__(
@@ -144,11 +150,13 @@ class LACELoss(_WeightedLoss):
         label_smoothing: float = 0.0,
         *,
         strength: float = 1.0,
+        gradient_in_forward: bool = False,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.strength = strength
+        self.gradient_in_forward = gradient_in_forward
 
     def forward(
         self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None, statistics: bool = False
@@ -158,6 +166,7 @@ class LACELoss(_WeightedLoss):
             strength=self.strength,
             normalizer=normalizer,
             statistics=statistics,
+            gradient_in_forward=self.gradient_in_forward,
         )
 
     def extra_repr(self) -> str:
@@ -225,8 +234,9 @@ def _working_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torc
 
 
 def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """The kernel has a first derivative with respect to the input (the second is the composite's), no forward mode, and
-    it is part of no graph that is meant to run elsewhere (export, trace). Compilers see it as one operation.
+    """A kernel has a first derivative with respect to the input (the second is the composite's), no forward mode, and
+    it is part of no graph that is meant to run elsewhere (export, trace). Compilers see it as one operation. On a GPU
+    it knows class indices and no float64.
     """
     given = (input, target) if weight is None else (input, target, weight)
     # The flag itself: compiled, is_exporting() is always True in torch 2.11.
@@ -236,8 +246,28 @@ def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None) -> boo
     for x in given:
         if x.dtype != work and x.is_floating_point() and not (x.dtype in _HALF and work == torch.float32):
             return False
-        if (x.requires_grad and x is not input) or _has_tangent(x):
+        if (x.requires_grad and x is not input) or _has_tangent(x) or x.device != input.device:
             return False
+    if _on_gpu(input):
+        return work == torch.float32 and not target.is_floating_point() and _triton_serves(input.device)
+    return input.is_cpu
+
+
+def _on_gpu(input: Tensor) -> bool:
+    return input.is_cuda
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _triton_serves(device: torch.device) -> bool:
+    return _has_triton() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        from . import gpu  # noqa: F401
+    except ImportError:
+        return False
     return True
 
 
@@ -247,9 +277,9 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether Python may read the numbers: on a CPU, no subclass, outside of torch.func and jit's tracing."""
+    """Whether they are what they seem: no subclass, outside of torch.func and jit's tracing."""
     for x in tensors:
-        if not x.is_cpu or type(x) not in _PLAIN:
+        if type(x) not in _PLAIN:
             return False
     return torch._C._get_tracing_state() is None and not torch._C._are_functorch_transforms_active()
 
@@ -269,37 +299,75 @@ def _is_transformed(grad_output: Tensor) -> bool:
 
 
 class _Kernel(torch.autograd.Function):
-    """The loss and what is known beside it. The gradient is formed in the same pass, except for a half type: rounded to
-    it before a loss scale is known, it would underflow.
+    """The loss and what is known beside it. On a CPU the gradient is formed in the same pass, except for a half type:
+    rounded to it before a loss scale is known, it would underflow. On a GPU the backward pass forms it from what the
+    forward pass leaves.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: Any, statistics: bool
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: Any,
+        statistics: bool,
+        gradient_in_forward: bool,
     ) -> tuple[Tensor, ...]:
-        ctx.options = options
-        at_once = input.dtype not in _HALF
-        loss, *others = _operation()(input, target, weight, None, at_once, *options, statistics)
-        gradient, found = (others[0], others[1:]) if at_once else (None, others)
-        ctx.save_for_backward(input, target, weight, gradient)
+        ctx.options, ctx.formed = options, None
+        left: list[Any]
+        if _on_gpu(input):
+            if gradient_in_forward and options[1] != "none" and not options[2] and not _is_recorded():
+                from . import gpu
+
+                given = (*options, statistics)
+                outputs = gpu.forward(input, target, weight, True, *given, gradient_in_forward=True)
+                ctx.formed = outputs.pop()
+            else:
+                outputs = _operation()(input, target, weight, None, True, *options, statistics)
+            loss, *left, found = *outputs[:3], outputs[3:]
+        else:
+            at_once = gradient_in_forward or input.dtype not in _HALF
+            loss, *others = _operation()(input, target, weight, None, at_once, *options, statistics)
+            left, found = [others[0] if at_once else None, None], others[at_once:]
+        ctx.save_for_backward(input, target, weight, *left)
         if statistics:
             ctx.mark_non_differentiable(*found)
         return loss, *found
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, weight, gradient = ctx.saved_tensors
+        input, target, weight, *_ = given = ctx.saved_tensors
         again = torch.is_grad_enabled()
         if _is_transformed(grad_output):
-            return _composite_gradient(grad_output, input, target, weight, ctx.options, again)[:1] + 4 * (None,)
-        compute = _Gradient.apply if again else _gradient
-        return compute(grad_output, input, target, weight, gradient, ctx.options), None, None, None, None
+            return _composite_gradient(grad_output, input, target, weight, ctx.options, again)[:1] + 5 * (None,)
+        if again:
+            gradient = _Gradient.apply(grad_output, *given, ctx.options)
+        elif (formed := ctx.formed) is not None:
+            from . import gpu
+
+            ctx.formed = None  # it may be written over, and serves once
+            gradient = gpu.backward(grad_output, *given, *ctx.options, formed=formed)
+        else:
+            gradient = _gradient(*(grad_output, *given, ctx.options))
+        return gradient, None, None, None, None, None
 
 
 def _gradient(
-    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, gradient: Tensor | None, options: Any
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    gradient: Tensor | None,
+    divisor: Tensor | None,
+    options: Any,
 ) -> Tensor:
-    """`gradient`, which the kernel has formed, times `grad_output`; for a half type the kernel forms it now."""
+    """`gradient`, which the kernel has formed, times `grad_output`; for a half type the kernel forms it now. On a GPU
+    it is formed from the rows that are in the place of `gradient`, and divided by `divisor`.
+    """
+    if _on_gpu(input) and gradient is not None and divisor is not None:
+        compute = _registered_backward if _is_recorded() else _backward
+        return compute(grad_output, input, target, weight, gradient, divisor, *options)
     if gradient is None:
         return _operation()(input, target, weight, grad_output, True, *options, False)[1]
     if not grad_output.dim() and not _is_recorded() and isfinite(value := grad_output.item()):
@@ -317,7 +385,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, *given: Any) -> Tensor:
-        input, target, weight, _, ctx.options = given
+        input, target, weight, _, _, ctx.options = given
         ctx.save_for_backward(grad_output, input, target, weight)
         # Not the saved tensor itself, which would then be input and output.
         return _gradient(grad_output, *given).clone()
@@ -332,7 +400,7 @@ class _Gradient(torch.autograd.Function):
             by_input, *by_output = torch.autograd.grad(
                 gradient, [alias, seed] if seed.requires_grad else [alias], vector, create_graph=again
             )
-        return by_output[0] if by_output else None, by_input, None, None, None, None
+        return by_output[0] if by_output else None, by_input, None, None, None, None, None
 
 
 def _composite_gradient(
@@ -351,21 +419,34 @@ def _operation() -> Any:
 
 
 def _outputs(
-    input: Tensor, target: Tensor, weight: Tensor | None, gradient: bool, reduction: str, statistics: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    gradient: bool,
+    reduction: str,
+    label_smoothing: float,
+    statistics: bool,
 ) -> list[Tensor]:
-    """Room for the loss, then for the gradient and for the three statistics, where they are asked for."""
-    dtype = _working_dtype(input, target, weight)
-    outputs = [torch.empty_like(input)] if gradient else []
+    """Room for the loss, then for the gradient and for the three statistics, where they are asked for. On a GPU, what
+    the backward pass forms the gradient from is in its place.
+    """
+    dtype, outputs = _working_dtype(input, target, weight), []
     if reduction == "none" or statistics:
         axis = _class_axis(input)
         samples = input.shape[:axis] + input.shape[axis + 1 :]
     if reduction == "none":
         loss = input.new_empty(samples, dtype=dtype)
-    elif type(input) in _PLAIN:
+    elif input.is_cpu and type(input) in _PLAIN:
         loss = torch.empty_like(_SCALAR[dtype])  # 4 us less than by an empty shape
     else:
         loss = input.new_empty((), dtype=dtype)
-    outputs.insert(0, loss)
+    outputs.append(loss)
+    if gradient and _on_gpu(input):
+        from . import gpu
+
+        outputs += [gpu.rows_like(input, label_smoothing), loss.new_empty(() if reduction == "mean" else 0)]
+    elif gradient:
+        outputs.append(torch.empty_like(input))
     if statistics:
         outputs += [input.new_empty(samples, dtype=kind) for kind in (dtype, dtype, torch.int64)]
     return outputs
@@ -383,8 +464,14 @@ def _by_kernel(
     strength: float,
     statistics: bool,
 ) -> list[Tensor]:
-    """`_outputs`, written by the C kernel; the gradient is multiplied by `grad_output`."""
-    outputs = _outputs(input, target, weight, gradient, reduction, statistics)
+    """`_outputs`, written by the C kernel, the gradient multiplied by `grad_output`; or by the kernels of a GPU."""
+    if _on_gpu(input):
+        from . import gpu
+
+        return gpu.forward(
+            input, target, weight, gradient, ignore_index, reduction, label_smoothing, strength, statistics
+        )
+    outputs = _outputs(input, target, weight, gradient, reduction, label_smoothing, statistics)
     loss, axis, probabilities = outputs[0], _class_axis(input), target.is_floating_point()
     stats = [x.view(-1) for x in outputs[-3:]] if statistics else None
     dtype, k, threads = loss.dtype, input.shape[axis], torch.get_num_threads()
@@ -449,13 +536,39 @@ def _integers(target: Tensor) -> Tensor:
     return target if plain else target.to(torch.int64).contiguous().view(-1)
 
 
-# One operation to compilers and other modes that record what runs.
-_registered = torch.library.custom_op("lace_loss::by_kernel", _by_kernel, mutates_args=(), device_types="cpu")
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    rows: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    strength: float,
+) -> Tensor:
+    from . import gpu
+
+    options = (ignore_index, reduction, label_smoothing, strength)
+    return gpu.backward(grad_output, input, target, weight, rows, divisor, *options)
+
+
+def _like_gradient(grad_output: Tensor, input: Tensor, *_: Any) -> Tensor:
+    from . import gpu
+
+    return gpu.gradient_like(input)
+
+
+# One operation to compilers and other modes that record what runs, and one more on a GPU.
+_registered = torch.library.custom_op("lace_loss::by_kernel", _by_kernel, mutates_args=(), device_types=("cpu", "cuda"))
 _registered.register_fake(
-    lambda input, target, weight, _above, gradient, _ignored, reduction, _e, _s, statistics: _outputs(
-        input, target, weight, gradient, reduction, statistics
+    lambda input, target, weight, _above, gradient, _ignored, reduction, label_smoothing, _s, statistics: _outputs(
+        input, target, weight, gradient, reduction, label_smoothing, statistics
     )
 )
+_registered_backward = torch.library.custom_op("lace_loss::backward", _backward, mutates_args=(), device_types="cuda")
+_registered_backward.register_fake(_like_gradient)
 
 
 def _composite(

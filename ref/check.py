@@ -241,17 +241,17 @@ class Result:
     answer: Answer
 
 
-def judge(case: Case, answer: Answer, plain: bool, flushed: bool = False) -> Result:
+def judge(case: Case, answer: Answer, plain: float, flushed: bool = False) -> Result:
     """Compare an answer with the expected values. Raises PortError.
 
-    `plain` allows that many times the tolerance; `flushed` twice the smallest normal number, which may be lost where
-    subnormal numbers are taken for 0: once in the result and once in a term.
+    `plain` allows what a plain implementation loses (True), or so many times the tolerance; `flushed` twice the
+    smallest normal number, which is lost where subnormal numbers are taken for 0: once in the result and in a term.
     """
     if case.refused:
         return Result(case, {}, answer is None or refuses(case, answer), answer)
     if answer is None:
         raise PortError(f"{case}: refused, but every index is a class")
-    factor = float(case.words["plain"][0]) if plain and "plain" in case.words else 1.0
+    factor = float(case.words.get("plain", ["1"])[0]) if plain is True else max(1.0, plain)
     lost = 2 * FORMATS[case.dtype].smallest_normal if flushed else 0.0
     errors, holds = {}, True
     for quantity in case.asked:
@@ -312,7 +312,7 @@ def brief(values: Array) -> str:
 Implementation = Callable[[Case], Answer]
 
 
-def run(implementation: Implementation, cases: list[Case], plain: bool = False, flushed: bool = False) -> list[Result]:
+def run(implementation: Implementation, cases: list[Case], plain: float = False, flushed: bool = False) -> list[Result]:
     return [judge(case, implementation(case), plain, flushed) for case in cases]
 
 

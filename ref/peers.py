@@ -53,6 +53,16 @@ def module() -> Peer:
     return in_torch(LACELoss(reduction="none"))
 
 
+def module_on_gpu() -> Peer:
+    import torch
+
+    from lace_loss.ext.torch import LACELoss
+
+    if not torch.cuda.is_available():
+        raise ImportError("torch sees no CUDA device")
+    return in_torch(LACELoss(reduction="none"), "cuda")
+
+
 def focal() -> Peer:
     import torch
 
@@ -106,14 +116,14 @@ def optax() -> Peer:
     return answer
 
 
-def in_torch(losses: Callable[[Any, Any], Any]) -> Peer:
+def in_torch(losses: Callable[[Any, Any], Any], device: str = "cpu") -> Peer:
     import torch
 
     def answer(logits: Array, target: Array) -> tuple[Array, Array]:
-        z = torch.tensor(logits, requires_grad=True)
-        found = losses(z, torch.tensor(target))
+        z = torch.tensor(logits, device=device, requires_grad=True)
+        found = losses(z, torch.tensor(target, device=device))
         (gradient,) = torch.autograd.grad(found.sum(), z)
-        return found.detach().numpy(), gradient.numpy()
+        return found.detach().cpu().numpy(), gradient.cpu().numpy()
 
     return answer
 
@@ -122,6 +132,7 @@ def in_torch(losses: Callable[[Any, Any], Any]) -> Peer:
 PEERS: list[tuple[str, str, Callable[[], Peer], bool]] = [
     ("lace_loss", "ext", kernel, False),
     ("lace_loss", "LACELoss", module, False),
+    ("lace_loss", "LACELoss on a GPU", module_on_gpu, False),
     ("torch", "(1 - exp(-ce)) * ce", focal, False),
     ("timm", "AsymmetricLossSingleLabel", timm, False),
     ("kornia", "focal_loss", kornia, False),

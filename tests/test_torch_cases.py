@@ -85,9 +85,9 @@ def test_at_strength_1_a_case_gives_what_ref_gives(input, target, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_function_s_cases_in_other_dtypes_give_its_dtype_and_value(dtype):
+def test_the_function_s_cases_in_other_dtypes_give_its_dtype_and_value(dtype, device):
     """Half types hold 2^-8 or 2^-11, and torch's own gradients a few units of that."""
-    for sample in OP.sample_inputs("cpu", dtype, requires_grad=True):
+    for sample in OP.sample_inputs(device, dtype, requires_grad=True):
         (target,) = sample.args
         target, options = detached(target, sample.kwargs)
         results = []

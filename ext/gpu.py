@@ -1,0 +1,515 @@
+"""The loss on a GPU: Triton kernels, and how `lace_loss.ext.torch` launches them.
+
+Logits are read where they lie: in rows (classes side by side) or in planes (the samples of an image side by side, as in
+(N, C, H, W)). The forward pass reads them once and leaves three floats a sample, from which the backward pass forms the
+gradient in one more reading. With m the largest logit but the target's and S = sum exp(z_j - m), j != t:
+
+    d = m - z_t    e = exp(-|d|)    r = 1 - q_t, q_t and q = exp(0) / sum, the probability of a logit of m,
+    are S e, 1 and e over their sum where the target leads, S, e and 1 elsewhere;  n = log1p(S e) or d + log(S + e)
+    dL/dz_j = K q exp(z_j - m), j != t                       dL/dz_t = -K r
+
+What rounding takes from z - m is put back before the exponential: 87 / 2 ulp would be missing otherwise. Nothing here
+waits for the device or depends on how programs are scheduled: the same bits in every run. Everything is float32.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["backward", "forward", "gradient_like", "rows_like", "warps"]
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN2_HIGH = tl.constexpr(355 / 512)  # nine bits: its multiples are exact
+_LN2_LOW = tl.constexpr(-2.1219444005469057e-4)
+_ROUNDER = tl.constexpr(1.5 * 2**23)  # added, it leaves the nearest integer in the low bits
+# Factor 2^64: an exponential that ends up in the subnormal range, or leaves it by a loss scale, keeps all its bits.
+_RAISED = tl.constexpr(64)
+_LOWER = tl.constexpr(2.0**-64)
+
+
+@triton.jit
+def _split_exp(z, m, RAISED: tl.constexpr, WIDE: tl.constexpr):
+    """exp(z - m) 2^RAISED is exp(rest) scale, |rest| <= 0.36, and 0 where it is `far`."""
+    d = z - m
+    shifted = tl.fma(d, _LOG2_E, _ROUNDER + 127 + RAISED)
+    scale = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    n = shifted - (_ROUNDER + 127 + RAISED)
+    rest = tl.fma(n, -_LN2_LOW, tl.fma(n, -_LN2_HIGH, d))
+    if WIDE:
+        back = d - z
+        rest += (z - (d - back)) - (m + back)
+    return rest, scale, d < -87.0 - 0.69 * RAISED  # not true of NaN
+
+
+@triton.jit
+def _exp(z, m, RAISED: tl.constexpr, WIDE: tl.constexpr):
+    """Of every logit, by the device's exp2, which is good to 2 ulp."""
+    rest, scale, far = _split_exp(z, m, RAISED, WIDE)
+    return tl.where(far, 0.0, tl.exp2(rest * _LOG2_E) * scale)
+
+
+@triton.jit
+def _exp_to_add(z, m, WIDE: tl.constexpr):
+    """At most 1. The product's rounding is left in where the logits are half: it costs at most |z - m| 1.2 2^-24, and
+    what is far below m weighs little: 11 x 2^-24 of the sum at worst, for 262,144 classes.
+    """
+    if WIDE:
+        return _exp(z, m, 0, True)
+    else:
+        return tl.exp2((z - m) * _LOG2_E)
+
+
+@triton.jit
+def _exp_of_row(z, m):
+    """Raised; once a sample, within 1 ulp, since L is about its square."""
+    rest, scale, far = _split_exp(z, m, _RAISED, True)
+    p = tl.fma(rest, 1.3927684616575004e-3, 8.36438069329107e-3)
+    p = tl.fma(rest, p, 4.166654542109553e-2)
+    p = tl.fma(rest, p, 1.6666569628115477e-1)
+    p = tl.fma(rest, p, 0.5)
+    return tl.where(far, 0.0, tl.fma(rest * rest, p, rest + 1.0) * scale)
+
+
+@triton.jit
+def _log1p(x):
+    y = tl.div_rn(x, 2.0 + x)
+    square = y * y
+    p = tl.fma(square, 0.11111111, 0.14285715)
+    p = tl.fma(square, p, 0.2)
+    p = tl.fma(square, p, 0.33333334)
+    return tl.where(x < 0.5, tl.fma(2.0 * y * square, p, 2.0 * y), tl.log(1.0 + x))
+
+
+@triton.jit
+def _samples_of(block, samples, C: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr):
+    """Of one block of BM: which of all samples, which exist, and where their first logits are."""
+    blocks = tl.cdiv(samples, BM)
+    plane = (block // blocks).to(tl.int64)
+    p = block % blocks * BM + tl.arange(0, BM)
+    start = plane * samples * C + p if ROW == 0 else p.to(tl.int64) * ROW
+    return plane * samples + p, p < samples, start
+
+
+@triton.jit
+def _class_of(target, sample, exists, ignore_index, C: tl.constexpr):
+    """The class, -1 where there is none; whether the sample counts, and whether its class is no class."""
+    given = tl.load(target + sample, mask=exists, other=0).to(tl.int64)
+    counts, known = exists & (given != ignore_index), (given >= 0) & (given < C)
+    return tl.where(counts & known, given.to(tl.int32), -1), counts, counts & (known == 0)
+
+
+@triton.jit
+def _tile(first, start, samples, C: tl.constexpr, ROW: tl.constexpr, BC: tl.constexpr, V: tl.constexpr):
+    """Of BC columns: their classes, which exist, which to load, which to store 16 bytes at a time, and where they are.
+
+    A row that begins between multiples of V logits (C = 50,257) is read from the multiple before it. Its masks are
+    alike for V logits side by side, or they would not be one load of 16 bytes: that may reach over the ends of the
+    row, but not over those of 16 aligned bytes that hold one of its logits.
+    """
+    i = first + tl.arange(0, BC)[None, :]
+    if ROW == 0:
+        return i, i < C, i < C, i < C, start[:, None] + i.to(tl.int64) * samples
+    elif V == 1:
+        return i, i < C, i < C, i < C, start[:, None] + i
+    else:
+        before = start % V
+        shift, group = before.to(tl.int32)[:, None], i // V * V
+        j, whole = i - shift, (group >= shift) & (group + V <= C + shift)
+        return j, (j >= 0) & (j < C), group < C + shift, whole, tl.multiple_of(start - before, V)[:, None] + i
+
+
+@triton.jit
+def _load(z, t, exists, counts, first, start, samples, C, ROW: tl.constexpr, BC: tl.constexpr, V: tl.constexpr):
+    """The logits of BC columns in float32, their classes, and which are of other classes than the target. Ignored rows
+    are not read; of planes they are, in the same 16 bytes as others, and count as -inf.
+    """
+    j, inside, near, _, place = _tile(first, start, samples, C, ROW, BC, V)
+    wanted = exists if ROW == 0 else counts
+    x = tl.load(z + place, mask=near & wanted[:, None], other=float("-inf")).to(tl.float32)
+    if ROW == 0:
+        x = tl.where(counts[:, None], x, float("-inf"))
+    return x, j, inside & (j != t[:, None])
+
+
+@triton.jit
+def _add(m, total, ahead, x, j, others, t, z_t, WIDE: tl.constexpr, STATISTICS: tl.constexpr):
+    """The largest other logit, the sum of exponentials relative to it, and the rank, with those of x."""
+    if STATISTICS:
+        behind = tl.where(j < t[:, None], x < z_t[:, None], x <= z_t[:, None])  # never a NaN
+        ahead += tl.sum((others & (behind == 0)).to(tl.int32), 1)
+    x = tl.where(others, x, float("-inf"))
+    larger = tl.maximum(m, tl.max(x, 1))
+    origin = tl.where(larger == float("-inf"), 0.0, larger)
+    total = total * _exp(m, origin, 0, True) + tl.sum(_exp_to_add(x, origin[:, None], WIDE), 1)
+    return larger, total, ahead
+
+
+@triton.jit
+def _row(z_t, m, total):
+    """Of a sample whose largest other logit is m: m, r, q, n, and the probability of a logit of m and its -log."""
+    m = tl.where(m == float("-inf"), z_t, m)  # no other class is left
+    d = tl.where(z_t == float("inf"), float("nan"), m - z_t)
+    leads = d <= 0
+    e = tl.where(d != d, d, _exp_of_row(tl.minimum(m, z_t), tl.maximum(m, z_t)) * _LOWER)
+    r, q = tl.where(leads, total * e, total), tl.where(leads, 1.0, e)
+    both = r + q
+    log = tl.where(leads, _log1p(r), tl.log(both))
+    r, q, q_m = tl.div_rn(r, both), tl.div_rn(q, both), tl.div_rn(tl.where(leads, e, 1.0), both)
+    return m, r, q, log + tl.where(leads, 0.0, d), q_m, log + tl.where(leads, -d, 0.0)
+
+
+@triton.jit
+def _factors(r, q, n, strength, rest):
+    """Loss and K of a class."""
+    return (rest + strength * r) * n, rest + strength * (r + tl.where(q == 0, 0.0, q * n))
+
+
+@triton.jit
+def _weighted(w, loss):
+    return tl.where((w == 0) & (loss == float("inf")), 0.0, w * loss)
+
+
+@triton.jit
+def _gradient(x, j, t, m, a, g, WIDE: tl.constexpr):
+    """a exp(x - m), and g for the target."""
+    return tl.where(j == t[:, None], g[:, None], _exp(x, m[:, None], _RAISED, WIDE) * a[:, None] * _LOWER)
+
+
+@triton.jit
+def _smoothed_gradient(x, j, t, w, m, q_m, n_m, factors, g, only, g_only, spread, strength, rest, WIDE: tl.constexpr):
+    """q_j sum a K - a_j K_j, and g for the target and g_only for the largest other logit if it is the only one."""
+    q = _exp(x, m[:, None], _RAISED, WIDE) * q_m[:, None] * _LOWER
+    _, k = _factors(1.0 - q, q, m[:, None] - x + n_m[:, None], strength, rest)
+    value = q * factors[:, None] - spread * w * k
+    return tl.where(j == t[:, None], g[:, None], tl.where(x == only[:, None], g_only[:, None], value))
+
+
+@triton.jit
+def _store(gradient, value, first, start, exists, samples, C, ROW: tl.constexpr, BC: tl.constexpr, V: tl.constexpr):
+    _, inside, _, whole, place = _tile(first, start, samples, C, ROW, BC, V)
+    value = value.to(gradient.dtype.element_ty)
+    tl.store(gradient + place, value, mask=whole & exists[:, None])
+    if V > 1:  # noqa: SIM102 - known to the compiler
+        if (first == 0) | (first + BC > C - V):
+            tl.store(gradient + place, value, mask=inside & (whole == 0) & exists[:, None])
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _forward(
+    z, target, weight, loss, weights, rows, divisor, gradient, cross_entropy, probability, rank,
+    samples, total, ignore_index, strength, rest, smoothing,
+    C: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr,
+    SMOOTHED: tl.constexpr, REDUCED: tl.constexpr,
+):  # fmt: skip
+    """Losses and weights of the samples or, with all in one program, their sum or mean; what `rows` keeps for the
+    backward pass; statistics; the gradient, divided by `divisor`.
+    """
+    WIDE: tl.constexpr = z.dtype.element_ty == tl.float32
+    sample, exists, start = _samples_of(tl.program_id(0), samples, C, ROW, BM)
+    t, counts, wrong = _class_of(target, sample, exists, ignore_index, C)
+    known = tl.maximum(t, 0)
+    to_class = start + (known.to(tl.int64) * samples if ROW == 0 else known)
+    z_t = tl.load(z + to_class, mask=t >= 0, other=0.0).to(tl.float32)
+    w = tl.full([BM], 1.0, tl.float32) if weight is None else tl.load(weight + known)
+
+    m, s, ahead = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.int32)
+    for first in range(0, C + V - 1, BC):
+        x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+        m, s, ahead = _add(m, s, ahead, x, j, others, t, z_t, WIDE, rank is not None)
+    m, r, q, n, q_m, n_m = _row(z_t, m, s)
+    f, k_t = _factors(r, q, n, strength, rest)
+    of_sample = _weighted(w, f)
+
+    if SMOOTHED:
+        # The classes that are neither the target nor tied for m have q <= 1/2 and 1 - q by subtraction.
+        less, tied, w_m = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.int32), tl.zeros([BM], tl.float32)
+        f_less, k_less = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+        for first in range(0, C + V - 1, BC):
+            x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+            w_j = _class_weights(weight, j, C)
+            e = _exp(x, m[:, None], 0, WIDE)
+            q_j = e * q_m[:, None]
+            f_j, k_j = _factors(1.0 - q_j, q_j, m[:, None] - x + n_m[:, None], strength, rest)
+            below, at = others & (x < m[:, None]), others & (x == m[:, None])
+            less += tl.sum(tl.where(below, e, 0.0), 1)
+            tied += tl.sum(at.to(tl.int32), 1)
+            w_m += tl.sum(tl.where(at, w_j, 0.0), 1)
+            f_less += tl.sum(tl.where(below, _weighted(w_j, f_j), 0.0), 1)
+            k_less += tl.sum(tl.where(below, w_j * k_j, 0.0), 1)
+        r_m = tl.fma(less + (tied - 1).to(tl.float32), q_m, q)
+        f_m, k_m = _factors(r_m, q_m, n_m, strength, rest)
+        spread = smoothing / C
+        of_sample = (1.0 - smoothing) * of_sample + spread * (of_sample + _weighted(w_m, f_m) + f_less)
+        own, of_m, of_less = ((1.0 - smoothing) + spread) * w * k_t, spread * w_m * k_m, spread * k_less
+
+    bad = tl.where(wrong, float("nan"), 1.0)
+    of_sample = tl.where(counts, of_sample * bad, 0.0)
+    w = tl.where(counts, w, 0.0)
+    if REDUCED == "none":
+        tl.store(loss + sample, of_sample, mask=exists)
+        if weights is not None:
+            tl.store(weights + sample, w, mask=exists)
+    elif REDUCED == "sum":
+        tl.store(loss, tl.sum(of_sample, 0))
+    else:
+        by = tl.sum(w, 0)
+        tl.store(loss, tl.div_rn(tl.sum(of_sample, 0), by))
+        tl.store(weights, by)
+    if rows is not None:
+        rows += sample  # and on by `total`, of which a multiple may not fit in 32 bits
+        tl.store(rows, m, mask=exists)
+        if SMOOTHED:
+            tl.store(rows + total, q_m * bad, mask=exists)
+            rows += total
+            tl.store(rows + total, n_m, mask=exists)
+            rows += total
+            tl.store(rows + total, (own + of_m + of_less) * bad, mask=exists)
+            rows += total
+            tl.store(rows + total, (q * (of_m + of_less) - r * own) * bad, mask=exists)
+            rows += total
+            tl.store(rows + total, tl.where(tied == 1, m, float("inf")), mask=exists)
+            rows += total
+            tl.store(rows + total, (q_m * (own + of_less) - r_m * of_m) * bad, mask=exists)
+        else:
+            tl.store(rows + total, w * k_t * q_m * bad, mask=exists)
+            rows += total
+            tl.store(rows + total, -w * k_t * r * bad, mask=exists)
+    if rank is not None:
+        tl.store(cross_entropy + sample, tl.where(counts, n * bad, 0.0), mask=exists)
+        tl.store(probability + sample, tl.where(counts, q * bad, 0.0), mask=exists)
+        tl.store(rank + sample, tl.where(counts & (wrong == 0), ahead, C).to(tl.int64), mask=exists)
+    if gradient is not None:
+        _, _, to = _samples_of(tl.program_id(0), samples, C, C if ROW else 0, BM)
+        scale = bad if divisor is None else bad * tl.div_rn(1.0, tl.load(divisor))
+        a, g = tl.where(counts, w * k_t * q_m * scale, 0.0), tl.where(counts, -w * k_t * r * scale, 0.0)
+        for first in range(0, C + V - 1, BC):
+            x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+            value = _gradient(x, j, t, m, a, g, WIDE)
+            _store(gradient, value, first, to, exists, samples, C, ROW, BC, V)
+
+
+@triton.jit
+def _class_weights(weight, j, C: tl.constexpr):
+    if weight is None:
+        return tl.full([1, 1], 1.0, tl.float32)
+    else:
+        return tl.load(weight + j, mask=(j >= 0) & (j < C), other=0.0)
+
+
+@triton.jit
+def _next(rows, total, exists):
+    return tl.load(rows, mask=exists, other=0.0), rows + total
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _backward(
+    gradient, grad_output, z, target, weight, rows, divisor,
+    samples, total, splits: tl.constexpr, ignore_index, strength, rest, smoothing,
+    C: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr,
+    SMOOTHED: tl.constexpr, EACH: tl.constexpr, FORMED: tl.constexpr,
+):  # fmt: skip
+    """The gradient, from `rows`; where it is formed already for a grad_output of 1, only for another one."""
+    if FORMED:  # noqa: SIM102
+        if tl.load(grad_output) == 1:
+            return
+    WIDE: tl.constexpr = z.dtype.element_ty == tl.float32
+    sample, exists, start = _samples_of(tl.program_id(0) // splits, samples, C, ROW, BM)
+    _, _, to = _samples_of(tl.program_id(0) // splits, samples, C, C if ROW else 0, BM)
+    t, counts, _ = _class_of(target, sample, exists, ignore_index, C)
+    scale = tl.load(grad_output + sample, mask=exists, other=0.0) if EACH else tl.load(grad_output)
+    scale = tl.where(counts, scale.to(tl.float32), 0.0)
+    if divisor is not None:
+        scale = tl.div_rn(scale, tl.load(divisor))
+    rows += sample
+    m, rows = _next(rows, total, exists)
+    if SMOOTHED:
+        q_m, rows = _next(rows, total, exists)
+        n_m, rows = _next(rows, total, exists)
+        factors, rows = _next(rows, total, exists)
+        g, rows = _next(rows, total, exists)
+        only, rows = _next(rows, total, exists)
+        g_m, rows = _next(rows, total, exists)
+    else:
+        a, rows = _next(rows, total, exists)
+        g, rows = _next(rows, total, exists)
+        a, g = tl.where(counts, a * scale, 0.0), tl.where(counts, g * scale, 0.0)
+    for step in range(0, C + V - 1, splits * BC):
+        first = step + tl.program_id(0) % splits * BC
+        x, j, _others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+        if SMOOTHED:
+            w = _class_weights(weight, j, C)
+            value = _smoothed_gradient(
+                x, j, t, w, m, q_m, n_m, factors, g, only, g_m, smoothing / C, strength, rest, WIDE
+            )
+            value = tl.where(counts[:, None], value * scale[:, None], 0.0)
+        else:
+            value = _gradient(x, j, t, m, a, g, WIDE)
+        _store(gradient, value, first, to, exists, samples, C, ROW, BC, V)
+
+
+# Logits of a program, 32 a thread (16 with smoothing, which has more to keep in registers); longer rows are read block
+# by block. A program that forms the gradient in the forward pass reads its row twice: it is larger, for fewer rows to
+# be under way at a time, and the L2 cache to hold them until then.
+_BLOCK, _LARGE_BLOCK, _ONE_PROGRAM = 4096, 8192, 16384
+_ENOUGH_PROGRAMS = 256  # about two for each multiprocessor
+
+
+def forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    kept: bool,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    strength: float,
+    statistics: bool,
+    *,
+    gradient_in_forward: bool = False,
+) -> list[Tensor]:
+    """The loss in float32; if `kept`, what `backward` needs, floats of every sample and the mean's divisor; the three
+    statistics, if asked for; and the gradient, if asked for, which is of a sum or mean without smoothing.
+    """
+    z, row, side_by_side = _laid_out(input)
+    classes, total, mean = _classes(input), target.numel(), reduction == "mean"
+    target, weight = target.contiguous(), None if weight is None else weight.float().contiguous()
+    rows = rows_like(input, label_smoothing) if kept else None
+    gradient = gradient_like(input) if gradient_in_forward else None
+    found = [z.new_empty(target.shape, dtype=x) for x in (torch.float32, torch.float32, torch.int64)] * statistics
+    bm, bc, v = _block(
+        z, row, side_by_side, _LARGE_BLOCK if gradient_in_forward else _BLOCK // (1 + (label_smoothing > 0))
+    )
+
+    # Few logits are a matter of launches: one program reduces the loss, too.
+    in_one = reduction != "none" and not gradient_in_forward and row > 0 and 0 < total <= _LARGE_BLOCK
+    in_one = in_one and bc >= classes and _power_of_2(total) * bc <= _ONE_PROGRAM
+    divisor = _divisor(target, weight, classes, ignore_index) if gradient_in_forward and mean else None
+    # The loss is a tensor of its own, for it may be changed in place.
+    pairs = z.new_empty((2, *target.shape), dtype=torch.float32) if mean and not in_one and divisor is None else None
+    loss = z.new_empty(() if in_one else target.shape, dtype=torch.float32) if pairs is None else pairs[1]
+    weights = pairs[0] if pairs is not None else torch.empty_like(loss) if in_one and mean else None
+    if total:
+        if in_one:
+            bm = _power_of_2(total)
+            bc = min(bc, _LARGE_BLOCK // bm)
+        _launch(
+            _forward, total // side_by_side * triton.cdiv(side_by_side, bm), bm * bc, input,
+            *(z, target, weight, loss, weights, rows, divisor, gradient, *(found or 3 * [None])),
+            *(side_by_side, total, ignore_index, strength, 1 - strength, label_smoothing),
+            *(classes, row, bm, bc, v, label_smoothing > 0, reduction if in_one else "none"),
+        )  # fmt: skip
+    if pairs is not None:
+        divisor, loss = pairs.flatten(1).sum(1).unbind()
+        loss = loss / divisor
+    elif in_one:
+        divisor = weights
+    elif reduction != "none":
+        loss = loss.sum() if divisor is None else loss.sum() / divisor
+    left = [] if rows is None else [rows, loss.new_empty(0) if divisor is None else divisor]
+    return [loss, *left, *found, *([] if gradient is None else [gradient])]
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    rows: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    strength: float,
+    *,
+    formed: Tensor | None = None,
+) -> Tensor:
+    """The gradient times `grad_output`. `formed`, the gradient times 1, is returned as it is where that is right, and
+    written over elsewhere; the device decides.
+    """
+    z, row, side_by_side = _laid_out(input)
+    classes, total = _classes(input), target.numel()
+    target, weight = target.contiguous(), None if weight is None else weight.float().contiguous()
+    gradient = gradient_like(input) if formed is None else formed
+    each = any(grad_output.stride())
+    grad_output = grad_output.resolve_neg().contiguous() if each else grad_output
+    bm, bc, v = _block(z, row, side_by_side, _BLOCK // (1 + (label_smoothing > 0)))
+    blocks, columns = total // max(1, side_by_side) * triton.cdiv(side_by_side, bm), triton.cdiv(classes, bc)
+    # A program that finds the gradient formed costs about as much as one that forms a few thousand entries.
+    splits = 1 if formed is not None else _power_of_2(min(columns, triton.cdiv(16 * _ENOUGH_PROGRAMS, max(1, blocks))))
+    if total:
+        _launch(
+            _backward, blocks * splits, bm * bc, input,
+            *(gradient, grad_output, z, target, weight, rows, divisor if reduction == "mean" else None),
+            *(side_by_side, total, splits, ignore_index, strength, 1 - strength, label_smoothing),
+            classes, row, bm, bc, v, label_smoothing > 0, each, formed is not None,
+        )  # fmt: skip
+    return gradient
+
+
+def _launch(kernel: Any, programs: int, logits: int, input: Tensor, *arguments: Any) -> None:
+    with torch.cuda.device_of(input):  # launches go to the current device
+        kernel[(programs,)](*arguments, num_warps=warps(logits), enable_fp_fusion=True)  # 3.9 wants to be told
+
+
+def warps(logits: int) -> int:
+    """Of a program."""
+    return max(1, min(4, logits // 256), min(16, logits // 1024))
+
+
+def _classes(input: Tensor) -> int:
+    return input.shape[min(1, input.dim() - 1)]
+
+
+def _laid_out(input: Tensor) -> tuple[Tensor, int, int]:
+    """The logits or, if they lie neither in rows nor in planes, a copy; the distance of rows, 0 for planes; and how
+    many samples follow each other.
+    """
+    z, classes = input.detach().resolve_neg(), _classes(input)
+    if z.dim() == 2 and (classes == 1 or z.stride(1) == 1) and z.stride(0) >= classes:
+        return z, z.stride(0), len(z)
+    if z.dim() == 2 and z.t().is_contiguous():
+        return z, 0, len(z)
+    if z.dim() > 2 and z.movedim(1, -1).is_contiguous():
+        return z, classes, z.numel() // classes
+    z = z.contiguous()
+    return (z, 0, z[0, 0].numel()) if z.dim() > 2 and len(z) else (z, classes, z.numel() // classes)
+
+
+def gradient_like(input: Tensor) -> Tensor:
+    """Room for the gradient, where `backward` writes it: as the logits lie, without gaps."""
+    z, row, _ = _laid_out(input)
+    return torch.empty_like(z) if row in (0, _classes(input)) else z.new_empty(z.shape)
+
+
+def rows_like(input: Tensor, label_smoothing: float) -> Tensor:
+    """Room for what the backward pass wants to know of each sample."""
+    return input.new_empty((7 if label_smoothing else 3, input.numel() // _classes(input)), dtype=torch.float32)
+
+
+def _divisor(target: Tensor, weight: Tensor | None, classes: int, ignore_index: int) -> Tensor:
+    t = target.long()
+    counts = t != ignore_index
+    if weight is None:
+        return counts.sum(dtype=torch.float32)
+    return weight[t.where((t >= 0) & (t < classes), 0)].where(counts, 0).sum()
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _block(z: Tensor, row: int, side_by_side: int, logits: int) -> tuple[int, int, int]:
+    """Samples and classes of a program, and how many logits make up 16 bytes where rows begin in between."""
+    classes = _classes(z)
+    bc = min(_power_of_2(classes), logits if row else 32)
+    bm = min(logits // bc, _power_of_2(side_by_side))
+    while bm > max(1, 512 // bc) and z.numel() // classes < _ENOUGH_PROGRAMS * bm:
+        bm //= 2
+    v = 16 // z.element_size()
+    shifted = (
+        row == classes > 256 and classes % v and (classes > bc or classes + v - 1 <= bc) and z.data_ptr() % 16 == 0
+    )
+    return bm, bc, v if shifted else 1

@@ -1,0 +1,35 @@
+"""Where tests run: on the CPU and, where there is one, on a GPU.
+
+With TRITON_INTERPRET=1, which has to be set before Triton is imported, the GPU's kernels run on CPU tensors instead:
+`test_gpu.py` starts pytest so, for the tests that take a device.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from lace_loss.ext import torch as lace_torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """The device for tensors that a GPU's kernels shall work on."""
+    if INTERPRETED:
+        monkeypatch.setattr(lace_torch, "_on_gpu", lambda input: True)
+        monkeypatch.setattr(lace_torch, "_triton_serves", lambda device: True)
+        lace_torch._registered_backward.register_kernel("cpu")(lace_torch._backward)
+        with np.errstate(all="ignore"):  # the interpreter is NumPy
+            yield "cpu"
+    elif torch.cuda.is_available():
+        yield "cuda"
+    else:
+        pytest.skip("torch sees no CUDA device")
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    return "cpu" if request.param == "cpu" else request.getfixturevalue("a_gpu")

@@ -1,0 +1,428 @@
+"""The kernels of a GPU: against the golden vectors, in the choice of path, and as machine code.
+
+Without a GPU they run in Triton's interpreter, in a process of its own, and are compiled for machines not here.
+"""
+
+import collections
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+from itertools import islice
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import INTERPRETED
+from oracle import exact, rows, ulps
+from test_options import assert_close, each_problem
+from tolerances import COMPOSITE, FLOAT32, ULP
+from torch.autograd import forward_ad
+
+from lace_loss import ext, ref
+from lace_loss.ext import torch as lace_torch
+from lace_loss.ext.torch import LACELoss, lace_loss
+from lace_loss.ref.__main__ import in_torch
+from lace_loss.ref.check import VECTORS, read, run
+
+triton = pytest.importorskip("triton", reason="no Triton on this machine")
+from lace_loss.ext import gpu  # noqa: E402
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_what_takes_a_device_holds_in_triton_s_interpreter():
+    files = [HERE / f"test_{name}.py" for name in ("gpu", "torch", "edges", "torch_cases")]
+    # 70,000 samples are a matter of minutes there.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *files,
+        "-k",
+        "cuda and not thousand and not half_weights",
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    print(done.stdout[-5000:], done.stderr[-2000:])
+    assert done.returncode == 0
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 100
+
+
+@pytest.fixture(params=["cuda"])
+def launched(a_gpu, monkeypatch):
+    """The device, and the names of the kernels that ran."""
+    names = []
+    launch = gpu._launch
+    monkeypatch.setattr(gpu, "_launch", lambda kernel, *rest: names.append(kernel.__name__) or launch(kernel, *rest))
+    return a_gpu, names
+
+
+@pytest.mark.parametrize(
+    "name", ["f32-gradient", "f32-batch", "f32-layout", "f32-large", "f16-gradient", "bf16-gradient"]
+)
+def test_the_golden_vectors_hold_within_16_ulp_of_float32_or_one_of_a_half_type(name, launched):
+    device, names = launched
+    dtype = name.split("-")[0]
+    cases = [case for case in read(VECTORS / f"{name}.txt") if "probabilities" not in case.words]
+    if INTERPRETED and dtype == "bf16":  # its conversion to a subnormal bfloat16 is wrong
+        cases = [case for case in cases if case.category != "underflow"]
+    results = run(in_torch(lace_loss, dtype, device), cases, 4 if dtype == "f32" else False)
+    assert [f"{result.case} {result.errors}" for result in results if not result.holds] == []
+    assert len(names) >= len(cases)
+
+
+def test_hostile_rows_are_within_16_ulp(launched):
+    """Rows of one block and of several, that begin at multiples of 16 bytes and between them."""
+    device, _ = launched
+    for classes in (10, 65) if INTERPRETED else (2, 10, 65, 100, 1000, 4097, 50_257):
+        names, logits, targets = zip(*rows(classes, np.dtype(np.float32)), strict=True)
+        input = torch.tensor(np.array(logits), device=device, requires_grad=True)
+        losses = lace_loss(input, torch.tensor(targets, device=device), reduction="none")
+        losses.sum().backward()
+        for i, name in enumerate(names):
+            loss, gradient = exact(logits[i], targets[i])
+            assert ulps(losses[i].item(), loss, np.float32) <= ULP["gpu"], name
+            assert ulps(input.grad[i].cpu().numpy(), gradient, np.float32) <= ULP["gpu"], name
+
+
+def test_long_rows_are_as_exact_as_short_ones(launched):
+    """An odd number of classes, for the second row to begin between 16 bytes; the target in the second block."""
+    device, _ = launched
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.normal(size=(2, 9001))).astype(np.float32)
+    logits[1, 5000] = logits.max() + 14
+    input = torch.tensor(logits, device=device, requires_grad=True)
+    for options in ({}, {"gradient_in_forward": True}):
+        input.grad = None
+        lace_loss(input, torch.tensor([17, 5000], device=device), reduction="sum", **options).backward()
+        wanted = ref.backward(logits, [17, 5000], reduction="sum")
+        off = np.abs(input.grad.cpu().numpy() - wanted) / np.spacing(np.abs(wanted).astype(np.float32))
+        assert off.max() <= ULP["gpu"]
+
+
+def test_every_option_agrees_with_the_reference(launched):
+    device, names = launched
+    problems = [found for found in each_problem(np.float32) if found[0][1] == "classes"]
+    for case, (logits, target, grad_output, options) in islice(problems, 0, None, 11 if INTERPRETED else 1):
+        weight = None if options["weight"] is None else torch.tensor(options["weight"], device=device)
+        input = torch.tensor(logits, device=device, requires_grad=True)
+        loss = lace_loss(input, torch.tensor(target, device=device), **options | {"weight": weight})
+        loss.backward(torch.tensor(grad_output, device=device))
+        assert_close(loss.detach().cpu(), ref.forward(logits, target, **options), FLOAT32, case)
+        assert_close(input.grad.cpu(), ref.backward(logits, target, grad_output, **options), FLOAT32, case)
+    assert set(names) == {"_forward", "_backward"}
+
+
+@pytest.mark.parametrize("integer", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_narrow_class_indices_and_strided_logits_are_read_where_they_lie(integer, launched):
+    device, _ = launched
+    wide = torch.randn(6, 40, device=device)
+    for logits in (wide[:, :30], wide[::2, 3:20], wide.t(), wide[:, ::2], wide[:1].expand(6, 40)):
+        target = torch.arange(len(logits), device=device) % logits.shape[1]
+        results = []
+        for z, t in ((logits, target.to(integer)), (logits.contiguous(), target)):
+            loss = lace_loss(z := z.detach().requires_grad_(), t)
+            results.append((loss.detach(), *torch.autograd.grad(loss, z)))
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=FLOAT32, atol=0)
+
+
+def test_a_gradient_formed_in_the_forward_pass_is_used_as_it_is_and_formed_again_for_another_factor(launched):
+    device, names = launched
+    target = torch.tensor([3, -100, 99], device=device)
+    for reduction in ("mean", "sum"):
+        for weight in (None, torch.rand(100, device=device)):
+            for above in (1, 2.5, torch.nan):
+                gradients = []
+                for early in (False, True):
+                    input = torch.randn(3, 100, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+                    loss = LACELoss(weight, reduction=reduction, gradient_in_forward=early)(input, target)
+                    (loss * above).backward()
+                    gradients.append(input.grad)
+                assert torch.equal(*(g.nan_to_num(9) for g in gradients))
+                assert (gradients[1][1] == 0).all()
+    assert names[-2:] == ["_forward", "_backward"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_losses_call_the_kernels_in_one_graph(dynamic, launched):
+    device, names = launched
+    torch.compiler.reset()
+    compiled = torch.compile(LACELoss(), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    input, target = torch.randn(5, 7, device=device), torch.tensor([0, 6, -100, 1, 2], device=device)
+    for n in (5, 4, 3):
+        z = input[:n].clone().requires_grad_()
+        compiled(z, target[:n]).backward()
+        assert_close(z.grad.cpu(), ref.backward(z.detach().cpu().numpy(), target[:n].cpu().numpy()), FLOAT32, n)
+    assert {"_forward", "_backward"} <= set(names)
+
+
+def test_the_registered_operations_pass_opcheck(launched):
+    device, _ = launched
+    target = torch.tensor([[0, 4], [2, -100]], device=device)
+    for smoothing, reduction in ((0.0, "mean"), (0.1, "none")):
+        for input in (torch.randn(2, 5, 2, device=device), torch.randn(2, 2, 5, device=device).movedim(-1, 1)):
+            options = (-100, reduction, smoothing, 1.0)
+            torch.library.opcheck(lace_torch._registered, (input, target, None, None, True, *options, True))
+            loss, rows, divisor = lace_torch._registered(input, target, None, None, True, *options, False)
+            left = (torch.ones_like(loss), input, target, None, rows, divisor, *options)
+            torch.library.opcheck(lace_torch._registered_backward, left)
+
+
+def test_second_derivatives_are_the_composite_form_s(launched):
+    device, names = launched
+    input, vector = torch.randn(4, 5, device=device, requires_grad=True), torch.randn(4, 5, device=device)
+    target = torch.tensor([0, 4, -100, 2], device=device)
+    (gradient,) = torch.autograd.grad(lace_loss(input, target), input, create_graph=True)
+    (product,) = torch.autograd.grad(gradient, input, vector)
+    given = [x.detach().cpu().numpy() for x in (input, target, vector)]
+    assert_close(product.cpu(), ref.hessian_vector_product(*given), COMPOSITE["float32"], "product")
+    assert names == ["_forward", "_backward"]
+
+
+# What the choice of path depends on, and whether the kernels serve.
+CHOICES = {
+    "float32": ({}, True),
+    "float16 and float32 weights under autocast or not": ({"dtype": torch.float16, "weight": torch.ones(5)}, True),
+    "bfloat16": ({"dtype": torch.bfloat16}, True),
+    "float64": ({"dtype": torch.float64}, False),
+    "probabilities": ({"target": torch.ones(4, 5)}, False),
+    "a weight that requires a gradient": ({"weight": torch.ones(5, requires_grad=True)}, False),
+    "a target elsewhere": ({"target": torch.zeros(4, dtype=torch.long, device="meta")}, False),
+    "no Triton or an old GPU": ({"triton": False}, False),
+}
+
+
+@pytest.mark.parametrize(("given", "serves"), CHOICES.values(), ids=CHOICES.keys())
+def test_the_kernels_serve_float32_and_half_logits_with_class_indices(given, serves, monkeypatch):
+    given = {"dtype": torch.float32, "target": torch.zeros(4, dtype=torch.long), "weight": None, "triton": True} | given
+    monkeypatch.setattr(lace_torch, "_on_gpu", lambda input: True)
+    monkeypatch.setattr(lace_torch, "_triton_serves", lambda device: given["triton"])
+    input = torch.zeros(4, 5, dtype=given["dtype"])
+    assert lace_torch._kernel_applies(input, given["target"], given["weight"]) == serves
+    under_vmap = []
+    torch.func.vmap(lambda z: under_vmap.append(lace_torch._kernel_applies(z, given["target"], None)) or z)(input)
+    assert under_vmap == [False]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(input, torch.ones_like(input))
+        assert not lace_torch._kernel_applies(dual, given["target"], given["weight"])
+
+
+def test_triton_serves_from_compute_capability_8_on(monkeypatch):
+    for capability, serves in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert lace_torch._triton_serves(torch.device("cuda")) == serves
+    monkeypatch.delattr(ext, "gpu")
+    monkeypatch.setitem(sys.modules, "lace_loss.ext.gpu", None)  # an import that fails
+    assert not lace_torch._has_triton.__wrapped__()
+
+
+def test_importing_the_module_and_using_it_on_a_cpu_needs_no_triton():
+    code = """
+import sys, torch
+sys.modules["triton"] = None
+from lace_loss.ext.torch import lace_loss
+lace_loss(torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1])).backward()
+assert "lace_loss.ext.gpu" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def launches(monkeypatch, shape, dtype, **options):
+    """(kernel, number of programs, logits of one, arguments) of a forward and backward pass: what would be launched."""
+    found = []
+    monkeypatch.setattr(gpu, "_launch", lambda *launch: found.append((*launch[:3], launch[4:])))
+    z = torch.empty(shape, dtype=dtype, device="meta")
+    target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device="meta")
+    early, statistics = options.get("gradient_in_forward", False), options.get("statistics", False)
+    weight = torch.empty(shape[1], device="meta") if "smoothing" in options else None
+    given = (-100, "mean", options.get("smoothing", 0.0), 1.0)
+    outputs = gpu.forward(z, target, weight, True, *given, statistics, gradient_in_forward=early)
+    formed = outputs[-1] if early else None
+    gpu.backward(torch.empty((), device="meta"), z, target, weight, *outputs[1:3], *given, formed=formed)
+    return found
+
+
+def compiled(kernel, logits, arguments, target):
+    """As Triton would on a launch, which specialises on multiples of 16 and 1."""
+    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+    signature, constants, attributes = {}, {}, {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
+        name = parameter.name
+        general = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not general):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = types[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and not general):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": gpu.warps(logits), "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
+
+
+def machine_code(binary, tmp_path):
+    """Counts of its instructions."""
+    (tmp_path / "cubin").write_bytes(binary.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    text = subprocess.run([tool, "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
+    return collections.Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", text, re.M))
+
+
+SHAPES = {
+    "100 x 100": ((100, 100), torch.float32, {"statistics": True}),
+    "256 x 1000": ((256, 1000), torch.bfloat16, {}),
+    "8192 x 8192": ((8192, 8192), torch.float16, {}),
+    "8192 x 50257": ((8192, 50_257), torch.bfloat16, {}),
+    "8192 x 262144": ((8192, 262_144), torch.float32, {}),
+    "4096 x 32000 at once": ((4096, 32_000), torch.bfloat16, {"gradient_in_forward": True}),
+    "4096 x 128256 at once": ((4096, 128_256), torch.float32, {"gradient_in_forward": True}),
+    "images": ((8, 19, 512, 512), torch.bfloat16, {}),
+    "smoothed and weighted": ((4096, 1000), torch.bfloat16, {"smoothing": 0.1}),
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the kernels that would be compiled")
+@pytest.mark.parametrize("arch", [80, 90, "gfx942"])
+@pytest.mark.parametrize(("shape", "dtype", "options"), SHAPES.values(), ids=SHAPES.keys())
+def test_compiled_kernels_keep_to_registers_read_16_bytes_at_a_time_and_know_no_float64(
+    shape, dtype, options, arch, monkeypatch, tmp_path
+):
+    target = triton.backends.compiler.GPUTarget(*(("hip", arch, 64) if arch == "gfx942" else ("cuda", arch, 32)))
+    for kernel, _, logits, arguments in launches(monkeypatch, shape, dtype, **options):
+        binary = compiled(kernel, logits, arguments, target)
+        if arch == "gfx942":
+            text = binary.asm["amdgcn"]
+            assert "_f64" not in text
+            assert re.search(r"\.vgpr_spill_count: +0\n", text)
+            assert re.search(r"\.private_segment_fixed_size: 0\n", text)
+            assert "_load_dwordx4" in text
+        else:
+            assert ".f64" not in binary.asm["ptx"]
+            code = machine_code(binary, tmp_path)
+            assert sum(code.values()) > 100
+            assert [name for name in code if name.startswith(("LDL", "STL"))] == []
+            assert code["LDG.E.128"] >= 1
+            # No scalar loads of logits, of which a thread has 16 or 32.
+            assert code["LDG.E.U16"] + code["LDG.E"] <= 10
+            if kernel is gpu._backward:
+                assert code["STG.E.128"] >= 1
+
+
+def test_kernels_reach_past_2_31_logits(monkeypatch):
+    """8193 x 262144 is more: places are formed in 64 bits, in the kernels' own IR."""
+    for kernel, programs, logits, arguments in launches(monkeypatch, (8193, 262_144), torch.bfloat16):
+        assert programs * logits * 262_144 >= prod((8193, 262_144))
+        binary = compiled(kernel, logits, arguments, triton.backends.compiler.GPUTarget("cuda", 90, 32))
+        assert not re.search(r"tt\.addptr [^\n]*!tt\.ptr<bf16>>, tensor<[\dx]+xi32>", binary.asm["ttir"])
+
+
+@pytest.fixture
+def benchmark():
+    spec = importlib.util.spec_from_file_location("cuda_benchmark", HERE / "benchmarks" / "cuda.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_fills_a_row_a_shape_and_pass_with_the_bytes_it_claims(benchmark):
+    out = io.StringIO()
+    shapes = ["8x16:float32", "2x5x3x4:bfloat16"]
+    benchmark.measured(shapes, "cpu", False, 1, benchmark.Timer("cpu"), out)
+    head, table = out.getvalue().split("\n\n")
+    bandwidth = float(re.match(r"Copy: (\S+) GB/s", head)[1])
+    header, _, *body = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().split("\n"))
+    assert header[:6] == ["shape", "pass", "us", "GB/s", "of copy", "at once"]
+    assert {len(row) for row in body} == {len(header)}
+    assert [row[:2] for row in body] == [
+        [shape, name] for shape in shapes for name in ("forward", "backward", "both", "both, at once")
+    ]
+    touches = {"forward": 1, "backward": 2, "both": 3, "both, at once": 2}
+    for shape, name, microseconds, rate, share, *others in body:
+        size = {shapes[0]: 8 * 16 * 4, shapes[1]: 2 * 5 * 3 * 4 * 2}[shape]
+        expected = touches[name] * size / float(microseconds) / 1e3
+        assert abs(float(rate) - expected) <= 0.02 * expected + 1e-4
+        assert abs(float(share.split()[0]) - 100 * expected / bandwidth) <= 1 + 5 * expected / bandwidth
+        assert others[0] == "-" if name in ("forward", "backward") else float(others[0]) > 0
+
+
+def test_the_benchmark_says_that_it_needs_a_gpu(benchmark, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmark.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("options", [{}, {"statistics": True}, {"gradient_in_forward": True}], ids=str)
+@pytest.mark.parametrize("shape", [(100, 100), (64, 50_257)])
+def test_a_cuda_graph_holds_a_whole_step_and_replays_it_on_new_numbers(shape, options):
+    input = torch.randn(shape, device="cuda", requires_grad=True)
+    target = torch.randint(shape[1], shape[:1], device="cuda")
+    criterion = LACELoss(gradient_in_forward=options.get("gradient_in_forward", False))
+    statistics = options.get("statistics", False)
+
+    def step():
+        input.grad = None
+        outputs = criterion(input, target, statistics=statistics)
+        (outputs[0] if statistics else outputs).backward()
+        return outputs
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        input.copy_(torch.randn(shape))
+        target.copy_(torch.randint(shape[1], shape[:1]))
+    gradient = input.grad
+    graph.replay()
+    loss = captured[0] if statistics else captured
+    replayed = loss.clone(), gradient.clone()
+    again = step()
+    assert torch.equal(replayed[0], again[0] if statistics else again)
+    assert torch.equal(replayed[1], input.grad)
+
+
+@on_a_gpu
+def test_nothing_waits_for_the_device_and_the_bits_are_the_same_in_every_run():
+    input = torch.randn(4096, 5003, device="cuda", requires_grad=True)
+    target = torch.randint(5003, (4096,), device="cuda")
+    weight = torch.rand(5003, device="cuda")
+    for early in (False, True):
+        results = []
+        for _ in range(3):
+            input.grad = None
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                loss = lace_loss(input, target, weight, gradient_in_forward=early)
+                (3 * loss).backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            results.append((loss.detach(), input.grad))
+        assert all(torch.equal(a, b) for found in results[1:] for a, b in zip(found, results[0], strict=True))
+
+
+@on_a_gpu
+def test_a_class_out_of_range_leaves_the_context_alive():
+    input = torch.randn(5, 7, device="cuda", requires_grad=True)
+    lace_loss(input, torch.full((5,), 2**40, device="cuda")).backward()
+    torch.cuda.synchronize()
+    assert input.grad.isnan().all()
