@@ -1,4 +1,4 @@
-"""Speed on the CPU: LACELoss and the NumPy face against what else there is, all in one process and in turn.
+"""Speed on the CPU: LACELoss and the NumPy face against what else there is, in one process, in turn, in random order.
 
     python tests/benchmarks/cpu.py [--threads 1 2] [--shapes 100x100 ...] [--rounds N] [--png FILE] [--skip-compiled]
 
@@ -8,6 +8,7 @@ Times themselves mean little on a shared machine and are not shown.
 """
 
 import argparse
+import random
 import statistics
 import sys
 import time
@@ -99,7 +100,9 @@ def ratios(found, which, over, rounds):
         calls[name] = 1
         while calls[name] * seconds(function, calls[name]) < LONG_ENOUGH:
             calls[name] *= 2
-    times = [{name: seconds(function, calls[name]) for name, function in functions.items()} for _ in range(rounds)]
+    # In an order of its own each round: a scheduler's rhythm would hit the same candidate every time.
+    orders = [random.sample(sorted(functions), len(functions)) for _ in range(rounds)]
+    times = [{name: seconds(functions[name], calls[name]) for name in order} for order in orders]
     return {name: statistics.median(t[name] / t[over] for t in times) for name in functions}
 
 
