@@ -1,6 +1,6 @@
 """Speed on a GPU: LACELoss against what else there is, all in one process and in turn. Then every kernel against `ref`.
 
-    python tests/benchmarks/cuda.py [--shapes 8192x32000:bfloat16 ...] [--out FILE] [--skip-compiled]
+    python tests/benchmarks/gpu.py [--shapes 8192x32000:bfloat16 ...] [--out FILE] [--skip-compiled]
 
 Prints, and writes to results/<device>.md beside this file, for each shape and forward, backward and both: the median
 time on a cold cache, GB/s, its share of the copy bandwidth measured here, the others' times over LACELoss's in the same
@@ -254,7 +254,7 @@ def main(arguments):
     device, out = "cuda", Both()
     name = torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}, Triton {triton.__version__}"
-    print(f"# {name}\n\n`python tests/benchmarks/cuda.py`, {versions}. Times of others over LACELoss's.", file=out)
+    print(f"# {name}\n\n`python tests/benchmarks/gpu.py`, {versions}. Times of others over LACELoss's.", file=out)
     measured(args.shapes, device, not args.skip_compiled, args.rounds, Timer(device), out)
     small(device, not args.skip_compiled, args.rounds, out)
     checked = io.StringIO()
