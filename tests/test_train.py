@@ -383,6 +383,17 @@ def test_a_run_killed_twenty_times_at_random_moments_ends_with_the_same_bytes(tm
         assert weights(tmp_path / str(k)) == weights(whole)
 
 
+def test_a_kill_before_the_records_last_line_costs_that_line_alone(finished: Path, tmp_path: Path) -> None:
+    name = "digits_lace_seed0_w1"
+    for suffix in (".jsonl", ".checkpoint"):
+        (tmp_path / f"{name}{suffix}").write_bytes((finished / f"{name}{suffix}").read_bytes())
+    lines = (finished / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / f"{name}.jsonl").write_text("".join(lines[:-1]))
+    assert main(small(tmp_path)) == 0
+    assert figures(tmp_path / f"{name}.jsonl") == figures(finished / f"{name}.jsonl")
+    assert weights(tmp_path) == weights(finished)
+
+
 def test_max_seconds_stops_at_an_epochs_end_and_the_command_goes_on(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

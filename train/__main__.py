@@ -1,7 +1,7 @@
 """Train with cross entropy and LACE, several seeds each; report on the records of such runs, or export their models.
 
 Without options it trains on scikit-learn's handwritten digits, offline, in seconds; `--data cifar100` is the paper's
-experiment. A run that was stopped goes on from its last epoch when the same command is given again.
+experiment. A run that was stopped goes on from its last checkpoint when the same command is given again.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def machine(args: argparse.Namespace) -> tuple[torch.device, bool]:
     if processes:
         if kind == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     return torch.device(kind), graph
 
 
@@ -120,6 +120,8 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     args.out.mkdir(parents=True, exist_ok=True)
     data = load(args.data, args.root, device, configs[0].shrink, configs[0].subset)
     if graph and len(data.images) % configs[0].batch:
+        graph = False
+    if args.mode == "graph" and not graph:
         raise TrainError(f"--mode graph: --batch {configs[0].batch} does not divide {len(data.images)} images")
     images = len(configs) * configs[0].epochs * len(data.images)
     hidden = True if is_another_process() else None

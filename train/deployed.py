@@ -45,6 +45,9 @@ def main(arguments: list[str]) -> int:
         print(f"error: there is no {missing}", file=sys.stderr)
         return 2
     logits = logits_of(args.model, [file for file, _ in files])
+    if logits.shape[1] != len(classes):
+        print(f"error: {args.folder} has {len(classes)} classes, the model {logits.shape[1]}", file=sys.stderr)
+        return 2
     print(json.dumps(asdict(ext.evaluate(logits, np.array([label for _, label in files]), strength=0.0))))
     return 0
 

@@ -195,6 +195,8 @@ class Run:
         if not is_another_process():
             write_record(self.record_path, self.header, self.log)
         self.saved_at, self.saving = time.perf_counter(), 0.0
+        if len(self.log) == self.config.epochs:  # killed between its last checkpoint and the record's last line
+            self.finish()
 
     def begin(self) -> None:
         self.bar.set_description(f"{self.name} epoch {len(self.log) + 1}/{self.config.epochs}")
@@ -227,7 +229,8 @@ class Run:
             row |= {key: tested[key] for key in TESTED}
         self.log.append(row | {"seconds": time.perf_counter() - self.start, "images_per_second": speed})
         if last:
-            self.finish(tested)
+            self.save()
+            self.finish()
         elif time.perf_counter() - self.saved_at >= self.saving / SAVING_SHARE:
             self.save()
         if is_another_process():
@@ -252,16 +255,18 @@ class Run:
         self.saved_at = time.perf_counter()
         self.saving = self.saved_at - start
 
-    def finish(self, tested: Record) -> None:
-        """The last checkpoint, and the record's last line: the last epoch's figures, and those of every set."""
+    def finish(self) -> None:
+        """The record's last line: the last epoch's figures, and those of every set."""
         self.finished = True
         if is_another_process():
             return
         data = self.data
-        sets = {"test": tested, "train": self.evaluate(data.images, data.labels)}
+        sets = {
+            "test": self.evaluate(data.test_images, data.test_labels),
+            "train": self.evaluate(data.images, data.labels),
+        }
         if len(data.unused_images):
             sets["unused"] = self.evaluate(data.unused_images, data.unused_labels)
-        self.save()
         seconds = sum(row["seconds"] for row in self.log)
         final = {"final": True, **{key: self.log[-1][key] for key in FIGURES}, "sets": sets, "seconds": seconds}
         write_record(self.record_path, self.header, self.log, final)
@@ -277,19 +282,22 @@ def train(runs: list[Run], graph: bool, replicas: int, max_seconds: float) -> No
     waiting = [run for run in runs if not run.finished]
     while waiting:
         wave, waiting, ready = waiting[:replicas], waiting[replicas:], 0
+        size = len(wave)
         try:
             for run in wave:
                 run.load()
                 if graph:
                     run.replica.capture()
                 ready += 1
+            wave = unfinished(wave)
             while wave:
                 start = time.perf_counter()
                 if too_late(start + longest - deadline):
                     for run in wave:
                         run.save()
                     wave[0].bar.write(f"stopped by --max-seconds {max_seconds:g}: the same command goes on", sys.stderr)
-                    return
+                    waiting = []
+                    break
                 for run in wave:
                     run.begin()
                 for i in range(len(wave[0].replica.batches)):
@@ -302,17 +310,24 @@ def train(runs: list[Run], graph: bool, replicas: int, max_seconds: float) -> No
                     except TrainError as error:
                         failures.append(str(error))
                         run.finished = True
-                wave = [run for run in wave if not run.finished]
+                wave = unfinished(wave)
                 longest = max(longest, time.perf_counter() - start)
         except torch.OutOfMemoryError as error:
+            fits = min(ready, size - 1)
             fit = (
-                f"--replicas {ready} may fit"
-                if ready
-                else "not even one replica fits: use a smaller --width or --batch"
+                f"--replicas {fits} may fit" if fits else "not even one replica fits: use a smaller --width or --batch"
             )
-            raise TrainError(f"out of memory with {replicas} replicas, {fit}; checkpoints are kept: {error}") from error
+            raise TrainError(f"out of memory with {size} replicas, {fit}; checkpoints are kept: {error}") from error
     if failures:
         raise TrainError("; ".join(failures))
+
+
+def unfinished(wave: list[Run]) -> list[Run]:
+    """Those that go on; the others let go of their models, graphs and memory."""
+    for run in wave:
+        if run.finished:
+            del run.replica
+    return [run for run in wave if not run.finished]
 
 
 def is_another_process() -> bool:
