@@ -26,7 +26,7 @@ from lace_loss.train import loop  # noqa: E402
 from lace_loss.train.__main__ import main, seeds  # noqa: E402
 from lace_loss.train.attack import EPSILON, STEP, adversarial  # noqa: E402
 from lace_loss.train.config import Config, TrainError  # noqa: E402
-from lace_loss.train.data import balanced, block_means, crop, draws, flip, load, normalised  # noqa: E402
+from lace_loss.train.data import Data, balanced, block_means, crop, draws, flip, load, normalised  # noqa: E402
 from lace_loss.train.model import ResNet18  # noqa: E402
 from lace_loss.train.report import difference, report, statistics  # noqa: E402
 from lace_loss.train.store import FIGURES, TESTED, Record, load_checkpoint, previous, read_record, save_checkpoint  # noqa: E402
@@ -175,8 +175,9 @@ def test_a_subset_holds_as_many_of_every_class_and_the_rest_is_unused() -> None:
     assert np.bincount(labels[chosen]).tolist() == [8, 8, 8]
     assert all(chosen[labels == c].nonzero()[0].tolist() == list(range(8)) for c in range(3))
     assert balanced(labels, 0).all()
-    with pytest.raises(TrainError, match="--subset 61 is more than the 60 training images"):
-        balanced(labels, 61)
+    for subset in (25, 2, 33):  # uneven, less than one of each, more than there are of one
+        with pytest.raises(TrainError, match=f"multiple of the 3 classes and at most 30, .* got {subset}"):
+            balanced(labels, subset)
     whole, part = load("digits", "unused", CPU), load("digits", "unused", CPU, subset=1000)
     assert (len(part.images), len(part.unused_images)) == (1000, 437)
     assert whole.sha256 != part.sha256
@@ -318,17 +319,15 @@ def test_graphs_of_steps_equal_eager_steps_bit_for_bit(precision: str, monkeypat
     eager, *captured = (loop.Replica(Config("digits", width=16, batch=25, precision=precision), digits) for _ in "123")
     for replica in captured:
         replica.capture()
-    for replica in (eager, *captured):
-        replica.begin(0)
-    for i in range(50):
+    for epoch in range(2):
         for replica in (eager, *captured):
-            replica.advance(i)
-    for replica in (eager, *captured):
-        replica.end()
-    for replica in captured:
-        for a, b in zip(eager.model.state_dict().values(), replica.model.state_dict().values(), strict=True):
-            assert torch.equal(a, b)
-        assert torch.equal(eager.losses, replica.losses)
+            replica.begin(epoch)
+        for i in range(50):
+            for replica in (eager, *captured):
+                replica.advance(i)
+        expected, *found = ((*r.end(), *r.model.state_dict().values(), *r.momentum) for r in (eager, *captured))
+        for tensors in found:
+            assert all(torch.equal(a, b) for a, b in zip(expected, tensors, strict=True)), f"epoch {epoch}"
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
@@ -337,18 +336,20 @@ def test_graphs_of_steps_equal_eager_steps_bit_for_bit(precision: str, monkeypat
 server = multiprocessing.get_context("forkserver")
 
 
-def child(arguments: list[str], bytes_a_file: int) -> None:
+def child(arguments: list[str], limits: dict[int, int], said: Path) -> None:
     torch.set_num_threads(1)
-    if bytes_a_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, bytes_a_file))
-    with open(os.devnull, "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
+    for what, limit in limits.items():
+        resource.setrlimit(what, (limit, limit))
+    with open(os.devnull, "w") as sys.stdout, open(said, "w") as sys.stderr:
         status = main(arguments)
     os._exit(status)
 
 
-def start(arguments: list[str], bytes_a_file: int = 0) -> multiprocessing.process.BaseProcess:
+def start(
+    arguments: list[str], limits: dict[int, int] | None = None, said: Path = Path(os.devnull)
+) -> multiprocessing.process.BaseProcess:
     server.set_forkserver_preload(["lace_loss.train.__main__"])
-    process = server.Process(target=child, args=(arguments, bytes_a_file))
+    process = server.Process(target=child, args=(arguments, limits or {}, said))
     process.start()
     return process
 
@@ -409,10 +410,22 @@ def test_max_seconds_stops_at_an_epochs_end_and_the_command_goes_on(
     assert weights(tmp_path) == weights(finished)
 
 
+def test_a_stop_right_after_a_checkpoint_keeps_the_generation_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = iter([False, False, True])
+    monkeypatch.setattr(loop, "SAVING_SHARE", math.inf)
+    monkeypatch.setattr(loop, "too_late", lambda _: next(stops))
+    assert main(small(tmp_path)) == 0
+    newest = tmp_path / "digits_lace_seed0_w1.checkpoint"
+    states = [load_checkpoint(path, CPU) for path in (newest, previous(newest))]
+    assert [len(state["log"]) for state in states if state] == [2, 1]
+
+
 def test_a_full_disk_is_an_error_that_loses_nothing(finished: Path, tmp_path: Path) -> None:
     assert main(small(tmp_path, "--max-seconds", "0")) == 0
     before = weights(tmp_path)
-    full = start(small(tmp_path), bytes_a_file=20_000)  # less than a checkpoint
+    full = start(small(tmp_path), {resource.RLIMIT_FSIZE: 20_000})  # less than a checkpoint
     full.join()
     assert full.exitcode == 2
     assert weights(tmp_path) == before
@@ -420,21 +433,88 @@ def test_a_full_disk_is_an_error_that_loses_nothing(finished: Path, tmp_path: Pa
     assert weights(tmp_path) == weights(finished)
 
 
-def test_two_processes_that_share_every_batch_train_as_one(tmp_path: Path) -> None:
-    """Sums in another order: 1e-7 a step, which momentum and 15 small steps make 1e-5 of."""
-    steady = ["--epochs", "1", "--lr", "0.001", "--width", "2"]
-    assert main(small(tmp_path / "one", *steady)) == 0
+def torchrun(folder: Path, arguments: list[str]) -> str:
+    """What two processes say that run in `folder`/0 and `folder`/1, as if on two machines."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "lace_loss.train", *small(tmp_path / "two", *steady)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    one, two = (read_record(next((tmp_path / name).glob("*.jsonl"))) for name in ("one", "two"))
+    in_its_folder = f'mkdir -p $LOCAL_RANK && cd $LOCAL_RANK && exec {sys.executable} -m lace_loss.train "$@"'
+    command += ["--no-python", "bash", "-c", in_its_folder, "bash", *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+STEADY = ["--epochs", "1", "--lr", "0.001", "--width", "2"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("shared")
+    return folder, torchrun(folder, small(Path("runs"), *STEADY))
+
+
+def test_two_processes_that_share_every_batch_train_as_one(shared: tuple[Path, str], tmp_path: Path) -> None:
+    """Sums in another order: 1e-7 a step, which momentum and 15 small steps make 1e-5 of."""
+    assert main(small(tmp_path, *STEADY)) == 0
+    outs = tmp_path, shared[0] / "0" / "runs"
+    one, two = (read_record(next(out.glob("*.jsonl"))) for out in outs)
     assert two["device"] == f"2 processes, {one['device']}"
-    for key in ("train_loss", "grad_norm", "nll"):
+    for key in ("train_loss", "train_top1_error", "grad_norm", "nll"):
         assert two[key] == pytest.approx(one[key], rel=1e-5)
-    ours, theirs = ({k: np.frombuffer(v, np.float32) for k, v in weights(tmp_path / n).items()} for n in ("one", "two"))
+    ours, theirs = ({k: np.frombuffer(v, np.float32) for k, v in weights(out).items()} for out in outs)
     assert all(np.allclose(ours[key], theirs[key], rtol=1e-4, atol=1e-5) for key in ours)
-    assert main(small(tmp_path / "two", *steady, "--lr", "0.1")) == 2, "one process must not go on with it"
+    assert main(small(outs[1], *STEADY, "--lr", "0.1")) == 2, "one process must not go on with it"
+
+
+def steps_of_ten_and_two(rank: int, processes: int, folder: Path) -> None:
+    """Trains on twelve images of 32 by 32 random pixels and saves what became of the model to `folder`."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/met", rank=rank, world_size=processes)
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (12, 3, 32, 32), generator=random, dtype=torch.uint8)
+    labels, none = torch.arange(12) % 5, torch.zeros(0)
+    data = Data("random", 5, "", pixels, labels, none, none, none, none, torch.full((3, 32, 32), 0.5))
+    replica = loop.Replica(Config("random", width=2, batch=10, lr=0.001), data)
+    replica.begin(0)
+    for i in range(2):
+        replica.advance(i)
+    losses, norms, ranks = replica.end()
+    state = {**replica.model.state_dict(), "losses": losses, "norms": norms, "ranks": ranks}
+    torch.save({key: value.clone() for key, value in state.items()}, folder / f"{rank} of {processes}")
+
+
+def test_a_last_batch_of_fewer_images_than_processes_trains_as_one_process_does(tmp_path: Path) -> None:
+    together = [server.Process(target=steps_of_ten_and_two, args=(rank, 3, tmp_path)) for rank in range(3)]
+    for process in together:
+        process.start()
+    steps_of_ten_and_two(0, 1, tmp_path)
+    for process in together:
+        process.join()
+    alone, *shares = (torch.load(tmp_path / name) for name in ("0 of 1", "0 of 3", "1 of 3", "2 of 3"))
+    for share in shares:
+        assert all(torch.allclose(share[key], alone[key], rtol=1e-5, atol=1e-6) for key in alone)
+
+
+def test_the_first_process_alone_has_the_files_and_speaks(shared: tuple[Path, str]) -> None:
+    folder, said = shared
+    assert said.count("epoch 1/1: train loss") == 1
+    assert not list((folder / "1" / "runs").iterdir())
+    (record,) = (folder / "0" / "runs").glob("*.jsonl")
+    finished = record.read_text().splitlines(keepends=True)
+    record.write_text("".join(finished[:-1]))
+    assert torchrun(folder, small(Path("runs"), *STEADY)).count("resumed after epoch 1") == 1
+    assert record.read_text().splitlines(keepends=True) == finished
+
+
+def test_a_process_beyond_the_gpus_is_told_how_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert_error(capsys, ["--out", str(tmp_path)], "process 2", "--nproc-per-node is at most 2")
 
 
 def test_seeds_of_several_commands_in_one_folder_are_reported_together(
@@ -462,6 +542,29 @@ def test_out_of_memory_says_how_many_replicas_fit(tmp_path: Path, monkeypatch: p
         loop.train([Full(i < 2) for i in range(4)], False, 4, math.inf)  # type: ignore[misc]
     with pytest.raises(TrainError, match="not even one replica fits"):
         loop.train([Full(False)], False, 1, math.inf)  # type: ignore[list-item]
+
+
+def test_out_of_memory_in_a_step_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(replica: loop.Replica, i: int) -> None:
+        if i == 10 and replica.lr < 0.05:  # in the second epoch
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        replica.step(replica.batches[i])
+
+    monkeypatch.setattr(loop, "SAVING_SHARE", math.inf)
+    monkeypatch.setattr(loop.Replica, "advance", full)
+    assert_error(capsys, small(tmp_path), "out of memory with 1 replicas", "--width or --batch", "checkpoints are kept")
+    state = load_checkpoint(tmp_path / "digits_lace_seed0_w1.checkpoint", CPU)
+    assert state is not None and len(state["log"]) == 1
+
+
+def test_a_cpu_out_of_memory_is_an_error_in_words(tmp_path: Path) -> None:
+    limit = {resource.RLIMIT_AS: 64 << 30}  # the first convolution of this width wants 155 GB
+    process = start(small(tmp_path, "--width", "65536"), limit, tmp_path / "said")
+    process.join()
+    assert process.exitcode == 2
+    assert "error: out of memory with 1 replicas, not even one replica fits" in (tmp_path / "said").read_text()
 
 
 @pytest.fixture
@@ -544,6 +647,26 @@ def test_a_loss_that_is_not_finite_stops_and_names_epoch_and_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_error(capsys, small(tmp_path, "--lr", "1e30"), "the loss is", "epoch 1, step")
+
+
+def test_a_gradient_that_is_not_finite_stops_and_the_checkpoint_before_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    norms = iter([1.0] * 20 + [math.inf] * 100)  # 15 steps an epoch
+    monkeypatch.setattr(loop, "get_total_norm", lambda _: torch.tensor(next(norms)))
+    monkeypatch.setattr(loop, "SAVING_SHARE", math.inf)
+    assert_error(capsys, small(tmp_path), "the gradient's norm is inf in epoch 2, step 6 of 15", "checkpoint is kept")
+    state = load_checkpoint(tmp_path / "digits_lace_seed0_w1.checkpoint", CPU)
+    assert state is not None and len(state["log"]) == 1
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_weights_that_the_last_step_made_infinite_are_not_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_step = ["--batch", "1437", "--lr", "1e30", "--weight-decay", "1e30"]
+    assert_error(capsys, small(tmp_path, *one_step), "not all weights are finite after epoch 1")
+    assert not list(tmp_path.glob("*.checkpoint"))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -645,7 +768,8 @@ def record(folder: Path, loss: str, seed: int, top5: float, unfinished: bool = F
     """A record as a run on CIFAR-100 at the paper's recipe would write it, but for `settings`."""
     config = {name: field.default for name, field in Config.__dataclass_fields__.items()}
     header = config | {"loss": loss, "seed": seed, "strength": float(loss == "lace"), "classes": 100}
-    header |= {"data_sha256": "0", "device": "d", "threads": 1} | settings
+    header |= {"data_sha256": "0", "device": "d", "threads": 1}
+    header |= {"train_images": 50_000, "unused_images": 0, "test_images": 10_000} | settings
     row = dict.fromkeys(FIGURES, 1.0) | {"top5_error": top5, "epoch": 0}
     bins = {"count": [0, 4, 6], "confidence": [0.0, 0.5, 0.9], "accuracy": [0.0, 0.25, 1.0]}
     sets = {name: {key: row[key] for key in TESTED} | bins for name in ("test", "train")}
@@ -664,6 +788,7 @@ def test_welch_interval_against_closed_form() -> None:
     assert found["mean"] == pytest.approx(middle)
     assert found["interval"] == pytest.approx([middle - half, middle + half])
     degrees = (va + vb) ** 2 / (va**2 / 3 + vb**2 / 2)
+    assert found["seeds"] == 3
     assert found["p"] == pytest.approx(2 * stdtr(degrees, -abs(middle) / math.sqrt(va + vb)))
 
 
@@ -697,10 +822,12 @@ def test_the_verdict_is_said_whichever_way_it_falls(
     for seed, noise in enumerate((-0.1, 0.0, 0.1, 0.05, -0.05)):
         record(tmp_path, "ce", seed, 6.9 + noise)
         record(tmp_path, "lace", seed, 6.9 - shift + noise)
+        record(tmp_path, "focal", seed, 3.0 + noise, strength=1.0)
     report([tmp_path])
     said = capsys.readouterr().out
     assert f"Top-5 error, CE - LACE: {shift:+.2f} (" in said
     assert f": {words}." in said
+    assert "focal has the smaller error (beside the declared CE - LACE, not corrected for several pairs)." in said
     assert "CE's mean is within 0.3 points of the paper's 6.7 %" in said
     assert f"The interval of CE - LACE {gap} the paper's 0.5 points" in said
 
@@ -731,8 +858,31 @@ def test_report_says_no_interval_with_one_seed_and_lists_unfinished_runs(
     record(tmp_path, "lace", 1, 60.0, unfinished=True)
     report([tmp_path])
     table = capsys.readouterr().out
-    assert "Top-5 error, CE - LACE: +0.50 points, no interval with one seed: undecided." in table
+    assert "| CE - LACE | +0.50 |" in table
+    assert "Top-5 error, CE - LACE: +0.50 points: no verdict, which was declared for at least 5 seeds a loss." in table
     assert f"Unfinished, not counted: {tmp_path / 'lace1.jsonl'}" in table
+
+
+def test_four_seeds_give_an_interval_and_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(4):
+        record(tmp_path, "ce", seed, 7.0 + seed / 100)
+        record(tmp_path, "lace", seed, 6.0 + seed / 100)
+    report([tmp_path])
+    assert "CE - LACE: +1.00 (+0.98 to +1.02) points: no verdict" in capsys.readouterr().out
+
+
+def test_report_of_an_unfinished_run_alone_has_no_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, "ce", 0, 6.7, unfinished=True)
+    report([tmp_path])
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == f"- Unfinished, not counted: {tmp_path / 'ce0.jsonl'}"
+    assert "|" not in said
+
+
+def test_report_of_a_part_of_cifar100_leaves_the_paper_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, "ce", 0, 6.7, test_images=5_000)
+    report([tmp_path])
+    assert "paper" not in capsys.readouterr().out
 
 
 def test_report_refuses_to_count_one_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -786,9 +936,8 @@ def test_an_exported_model_gives_the_runs_own_figures_without_torch(
     exported = capsys.readouterr().out.splitlines()[-1]
     assert exported == str(record.with_suffix(".onnx"))
 
-    without_torch = (
-        "import sys; sys.modules['torch'] = None; from lace_loss.train.deployed import main; main(sys.argv[1:])"
-    )
+    without_torch = "import sys; sys.modules['torch'] = None; from lace_loss.train.deployed import main;"
+    without_torch += "sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", without_torch, exported, str(tmp_path / "data" / "test")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     found = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
@@ -797,6 +946,13 @@ def test_an_exported_model_gives_the_runs_own_figures_without_torch(
     assert [100 * (1 - found["accuracy"][k]) for k in "15"] == [expected["top1_error"], expected["top5_error"]]
     assert found["cross_entropy"] == pytest.approx(expected["nll"], rel=1e-5)
     assert 100 * found["calibration_error"] == pytest.approx(expected["calibration_error"], rel=1e-4)
+
+    for text, words in (("another size", ["16x8 pixels", "8x16"]), ("no picture", ["elk/0.png", "identify"])):
+        bad = tmp_path / "data" / "test" / "elk" / "0.png"
+        images(bad.parent, size=(8, 16), n=1) if text == "another size" else bad.write_text(text)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and all(word in done.stderr for word in words), done.stderr
 
 
 def test_an_export_without_weights_or_of_an_unfinished_run_is_an_error(
@@ -808,6 +964,10 @@ def test_an_export_without_weights_or_of_an_unfinished_run_is_an_error(
     alone.mkdir()
     (alone / name).write_bytes((finished / name).read_bytes())
     assert_error(capsys, ["export", str(alone / name)], "weights", "digits_lace_seed0_w1.checkpoint")
+    other = (interrupted / name).with_suffix(".checkpoint")
+    (alone / other.name).write_bytes(other.read_bytes())
+    for arguments in (["export", str(alone / name)], ["report", str(alone), "--attack"]):
+        assert_error(capsys, arguments, str(alone / other.name), "not of the run", name)
 
 
 # --- attacks ----------------------------------------------------------------------------------------------------------

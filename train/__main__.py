@@ -84,6 +84,7 @@ def machine(args: argparse.Namespace) -> tuple[torch.device, bool]:
             raise TrainError(f"--{option} must be at least 1, got {getattr(args, option)}")
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # float32 would be 10 bits of mantissa in convolutions
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     kind = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
     if args.device == "cuda" != kind:
@@ -98,7 +99,10 @@ def machine(args: argparse.Namespace) -> tuple[torch.device, bool]:
         raise TrainError(f"--replicas {args.replicas} needs --mode graph: eager steps do not run side by side")
     if processes:
         if kind == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if place >= gpus:
+                raise TrainError(f"process {place} of this machine has no GPU: --nproc-per-node is at most {gpus} here")
+            torch.cuda.set_device(place)
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     return torch.device(kind), graph
 
@@ -127,8 +131,6 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     hidden = True if is_another_process() else None
     with tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=hidden) as bar:
         runs = [Run(config, data, args.out, command, bar) for config in configs]
-        if dist.is_initialized():
-            dist.barrier()  # all have looked at the records, which the first now writes
         train(runs, graph, args.replicas or (4 if graph else 1), args.max_seconds)
     return [run.record_path for run in runs if run.record_path.exists()]
 
@@ -152,7 +154,8 @@ def main(arguments: list[str]) -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from the last checkpoint: {command}", file=sys.stderr)
+        if not is_another_process():
+            print(f"stopped; the same command goes on from the last checkpoint: {command}", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():

@@ -15,7 +15,7 @@ from lace_loss.ext.torch import lace_loss
 from .config import TrainError
 from .data import Data, load, normalised
 from .loop import evaluate, network
-from .store import load_checkpoint, record_lines, write_record
+from .store import finished_checkpoint, record_lines, write_record
 
 EPSILON = 8.0  # of 255
 STEPS, STEP = 10, 2.0  # of PGD
@@ -24,7 +24,7 @@ STEPS, STEP = 10, 2.0  # of PGD
 def attack(files: list[Path], data: str, root: str, device: torch.device) -> None:
     """Add the figures under both attacks, as `sets`, to the records of finished runs whose checkpoints are beside them.
 
-    Raises TrainError where the data are not those of the run, or there is no checkpoint.
+    Raises TrainError where the data are not those of the run, or its checkpoint is not beside it.
     """
     loaded: dict[tuple[int, int], Data] = {}
     for file in files:
@@ -35,10 +35,7 @@ def attack(files: list[Path], data: str, root: str, device: torch.device) -> Non
         images = loaded[form] = loaded.get(form) or load(data, root, device, *form)
         if images.sha256 != header["data_sha256"]:
             raise TrainError(f"{file} is of other data than --data {data}: its data_sha256 is {header['data_sha256']}")
-        checkpoint = file.with_suffix(".checkpoint")
-        state = load_checkpoint(checkpoint, device)
-        if state is None:
-            raise TrainError(f"an attack needs the weights, and there is no {checkpoint}")
+        state = finished_checkpoint(file, device)
         model = network(header["width"], images)
         model.load_state_dict(state["model"])
         model.eval()
@@ -46,7 +43,7 @@ def attack(files: list[Path], data: str, root: str, device: torch.device) -> Non
         for name, steps in (("fgsm", 1), ("pgd", STEPS)):
             parts = zip(torch.split(images.test_images, 1000), torch.split(images.test_labels, 1000), strict=True)
             changed = torch.cat([adversarial(model, x, y, images.mean, steps) for x, y in parts])
-            final["sets"][name] = evaluate(model, changed, images.test_labels, images.mean)
+            final["sets"][name] = evaluate(model, changed, images.test_labels, images.mean, header["precision"])
             found = final["sets"][name]["top1_error"]
             print(f"{file.stem}: {found:.2f} % top-1 error under {name.upper()}", file=sys.stderr)
         write_record(file, header, log, final)

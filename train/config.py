@@ -33,7 +33,7 @@ class Config:
     flip: bool = setting(True, "mirror every other image at random")
     precision: str = setting("float32", "float32, or bfloat16 (default on a GPU) but for weights, sums, head and loss")
     shrink: int = setting(1, "side of the blocks of pixels that are replaced by their mean")
-    subset: int = setting(0, "train on so many images, as many of every class, and test on the rest too; 0 is all")
+    subset: int = setting(0, "train on so many images, as many of each class, and test on the rest too; 0 is all")
     test_every: int = setting(1, "epochs between tests; the last epoch is always tested")
 
     def __post_init__(self) -> None:

@@ -103,15 +103,19 @@ def block_means(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def balanced(labels: np.ndarray, subset: int) -> np.ndarray:
-    """Which samples (N,) bool the subset holds: the first of every class, then the second of every class, and so on."""
-    if subset > len(labels):
-        raise TrainError(f"--subset {subset} is more than the {len(labels)} training images")
+    """Which samples (N,) bool the subset holds: the first ones of every class, as many of each; all if it is 0."""
+    if subset == 0:
+        return np.ones(len(labels), bool)
     by_class, counts = np.argsort(labels, kind="stable"), np.bincount(labels)
+    share, rest = divmod(subset, len(counts))
+    if rest or share > counts.min():
+        raise TrainError(
+            f"--subset must be a multiple of the {len(counts)} classes and at most {len(counts) * counts.min()},"
+            f" because one has {counts.min()} images; got {subset}"
+        )
     place = np.empty_like(by_class)  # of each sample in its class
     place[by_class] = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
-    chosen = np.zeros(len(labels), bool)
-    chosen[np.argsort(place, kind="stable")[: subset or None]] = True
-    return chosen
+    return place < share
 
 
 Arrays = list[np.ndarray]  # images and labels for training, then for testing

@@ -19,14 +19,22 @@ from lace_loss import ext
 
 
 def logits_of(model: Path, files: list[Path]) -> np.ndarray:
-    """(N, classes), 100 images at a time."""
+    """(N, classes), 100 images at a time.
+
+    Raises OSError for a file that is no image, ValueError for one of another size than the model's.
+    """
     session = onnxruntime.InferenceSession(model)
     (given,) = session.get_inputs()
-    mode = "L" if given.shape[1] == 1 else "RGB"
+    _, channels, height, width = given.shape
     blocks = []
     for start in range(0, len(files), 100):
-        pixels = [np.asarray(Image.open(file).convert(mode)) for file in files[start : start + 100]]
-        images = np.stack(pixels).reshape(len(pixels), *pixels[0].shape[:2], -1).transpose(0, 3, 1, 2)
+        pixels = []
+        for file in files[start : start + 100]:
+            image = Image.open(file).convert("L" if channels == 1 else "RGB")
+            if image.size != (width, height):
+                raise ValueError(f"{file} is {image.width}x{image.height} pixels, the model's images {width}x{height}")
+            pixels.append(np.asarray(image))
+        images = np.stack(pixels).reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
         blocks.append(session.run(None, {given.name: images})[0])
     return np.concatenate(blocks)
 
@@ -44,7 +52,11 @@ def main(arguments: list[str]) -> int:
         missing = args.model if files else f"{args.folder}/CLASS/IMAGE"
         print(f"error: there is no {missing}", file=sys.stderr)
         return 2
-    logits = logits_of(args.model, [file for file, _ in files])
+    try:
+        logits = logits_of(args.model, [file for file, _ in files])
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if logits.shape[1] != len(classes):
         print(f"error: {args.folder} has {len(classes)} classes, the model {logits.shape[1]}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from .config import TrainError
 from .model import ResNet18
-from .store import load_checkpoint, read_record
+from .store import finished_checkpoint, read_record
 
 
 class FromPixels(nn.Module):
@@ -32,15 +32,12 @@ class FromPixels(nn.Module):
 def export(record_path: Path) -> Path:
     """Write the model of a run beside its record, and return the path of the file.
 
-    Raises TrainError where the run is not finished, its checkpoint is not there, or onnx is not installed.
+    Raises TrainError where the run is not finished, its checkpoint is not beside it, or onnx is not installed.
     """
     record = read_record(record_path)
     if "final" not in record:
         raise TrainError(f"{record_path} is of a run that is not finished")
-    checkpoint = record_path.with_suffix(".checkpoint")
-    state = load_checkpoint(checkpoint, torch.device("cpu"))
-    if state is None:
-        raise TrainError(f"an export needs the weights, and there is no {checkpoint}")
+    state = finished_checkpoint(record_path, torch.device("cpu"))
     mean, shrink = state["mean"], record["shrink"]
     channels, height, width = mean.shape
     model = ResNet18(record["width"], record["classes"], channels)

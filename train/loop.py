@@ -7,8 +7,9 @@ optimizer's momentum and the log of the epochs before are all that a run needs t
 import copy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,8 @@ from .store import (
     save_checkpoint,
     write_record,
 )
+
+Found = TypeVar("Found")
 
 SAVING_SHARE = 0.02  # of the time, at most, goes into checkpoints
 
@@ -162,7 +165,8 @@ class Replica:
 class Run:
     """One configuration's training and its files, which only the first of several processes writes.
 
-    Raises TrainError where files in `out` belong to another run, no checkpoint is whole, or the loss is not finite.
+    Raises TrainError where files in `out` belong to another run, no checkpoint is whole, or the loss, a gradient or a
+    weight is not finite.
     """
 
     def __init__(self, config: Config, data: Data, out: Path, command: str, bar: "tqdm[NoReturn]") -> None:
@@ -175,26 +179,37 @@ class Run:
         n = len(data.images)
         if n % config.batch == 1:
             raise TrainError(f"batch normalisation needs two images: {n} in batches of {config.batch} leave one over")
-        if self.record_path.exists():
-            record = read_record(self.record_path)
-            refuse_other(self.record_path, record, self.header)
-            if "final" in record:
-                self.finished = True
-                bar.write(f"{self.name}: already finished", file=sys.stderr)
-                bar.total = (bar.total or 0) - config.epochs * n
+        if from_first(self.find_record):
+            self.finished = True
+            self.say("already finished")
+            bar.total = (bar.total or 0) - config.epochs * n
+
+    def find_record(self) -> bool:
+        """Whether there is a finished one."""
+        if not self.record_path.exists():
+            return False
+        record = read_record(self.record_path)
+        refuse_other(self.record_path, record, self.header)
+        return "final" in record
+
+    def find_checkpoint(self) -> Record | None:
+        state = load_checkpoint(self.checkpoint_path, torch.device("cpu"))
+        if state:
+            refuse_other(self.checkpoint_path, state["header"], self.header)
+        return state
 
     def load(self) -> None:
         """The model, from the last checkpoint if there is one."""
         self.replica = Replica(self.config, self.data)
-        if state := load_checkpoint(self.checkpoint_path, self.data.images.device):
-            refuse_other(self.checkpoint_path, state["header"], self.header)
+        self.saved, self.saved_at, self.saving = -1, time.perf_counter(), 0.0
+        if state := from_first(self.find_checkpoint):
             self.header, self.log = state["header"], state["log"]
             self.replica.restore(state)
-            self.bar.write(f"{self.name}: resumed after epoch {len(self.log)}", file=sys.stderr)
-            self.bar.total = (self.bar.total or 0) - len(self.log) * len(self.data.images)
+            self.saved = len(self.log)
+            self.say(f"resumed after epoch {self.saved}")
+            self.bar.total = (self.bar.total or 0) - self.saved * len(self.data.images)
         if not is_another_process():
             write_record(self.record_path, self.header, self.log)
-        self.saved_at, self.saving = time.perf_counter(), 0.0
         if len(self.log) == self.config.epochs:  # killed between its last checkpoint and the record's last line
             self.finish()
 
@@ -207,11 +222,16 @@ class Run:
         """Log the epoch, test if it is due, and save."""
         config, epoch, n = self.config, len(self.log), len(self.data.images)
         losses, norms, ranks = self.replica.end()
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
+        for what, values in (("loss", losses), ("gradient's norm", norms)):
+            if len(bad := (~values.isfinite()).nonzero()):
+                raise TrainError(
+                    f"{self.name}: the {what} is {values[bad[0]].item()} in epoch {epoch + 1},"
+                    f" step {bad[0].item() + 1} of {len(values)}; the last checkpoint is kept"
+                )
+        weights = (*self.replica.model.state_dict().values(), *self.replica.momentum)
+        if not all(bool(tensor.isfinite().all()) for tensor in weights):
             raise TrainError(
-                f"{self.name}: the loss is {losses[bad[0]].item()} in epoch {epoch + 1}, step {bad[0].item() + 1} of"
-                f" {len(losses)}; the last checkpoint is kept"
+                f"{self.name}: not all weights are finite after epoch {epoch + 1}; the last checkpoint is kept"
             )
         sizes = losses.new_tensor([len(places) for places in self.replica.batches])
         row = {
@@ -233,26 +253,24 @@ class Run:
             self.finish()
         elif time.perf_counter() - self.saved_at >= self.saving / SAVING_SHARE:
             self.save()
-        if is_another_process():
-            return
         errors = f", test error {row['top1_error']:.2f} % top-1, {row['top5_error']:.2f} % top-5" if tested else ""
-        self.bar.write(
-            f"{self.name} epoch {epoch + 1}/{config.epochs}: train loss {row['train_loss']:.4g}{errors},"
-            f" {speed:.0f} images/s",
-            file=sys.stderr,
-        )
+        self.say(f"epoch {epoch + 1}/{config.epochs}: train loss {row['train_loss']:.4g}{errors}, {speed:.0f} images/s")
+
+    def say(self, text: str) -> None:
+        if not is_another_process():
+            self.bar.write(f"{self.name}: {text}", file=sys.stderr)
 
     def evaluate(self, images: Tensor, labels: Tensor) -> Record:
         return evaluate(self.replica.model, images, labels, self.data.mean, self.config.precision)
 
     def save(self) -> None:
-        if is_another_process():
+        if is_another_process() or self.saved == len(self.log):
             return
         start = time.perf_counter()
         state = {"header": self.header, "log": self.log, "mean": self.data.mean, **self.replica.state()}
         save_checkpoint(self.checkpoint_path, state)
         write_record(self.record_path, self.header, self.log)
-        self.saved_at = time.perf_counter()
+        self.saved, self.saved_at = len(self.log), time.perf_counter()
         self.saving = self.saved_at - start
 
     def finish(self) -> None:
@@ -295,7 +313,7 @@ def train(runs: list[Run], graph: bool, replicas: int, max_seconds: float) -> No
                 if too_late(start + longest - deadline):
                     for run in wave:
                         run.save()
-                    wave[0].bar.write(f"stopped by --max-seconds {max_seconds:g}: the same command goes on", sys.stderr)
+                        run.say(f"stopped by --max-seconds {max_seconds:g}: the same command goes on")
                     waiting = []
                     break
                 for run in wave:
@@ -312,7 +330,9 @@ def train(runs: list[Run], graph: bool, replicas: int, max_seconds: float) -> No
                         run.finished = True
                 wave = unfinished(wave)
                 longest = max(longest, time.perf_counter() - start)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # CPU
+                raise
             fits = min(ready, size - 1)
             fit = (
                 f"--replicas {fits} may fit" if fits else "not even one replica fits: use a smaller --width or --batch"
@@ -331,8 +351,16 @@ def unfinished(wave: list[Run]) -> list[Run]:
 
 
 def is_another_process() -> bool:
-    """Whether torchrun started this process beside the first one, which writes the files and speaks to the user."""
+    """Whether torchrun started this process beside the first one, which has the files and speaks to the user."""
     return dist.is_initialized() and dist.get_rank() > 0
+
+
+def from_first(find: Callable[[], Found]) -> Found:
+    """What the first process finds, in all of them, whose folders may be others."""
+    found = [None if is_another_process() else find()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, device=torch.device("cpu"))
+    return cast("Found", found[0])
 
 
 def too_late(seconds: float) -> bool:

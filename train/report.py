@@ -18,10 +18,10 @@ from .config import Config, TrainError
 from .store import Record, read_record
 
 PAPER = {"ce": 6.7, "lace": 6.2}  # top-5 test error in percent, CIFAR-100
-# Runs compare when they differ in nothing but these.
+# Runs on the same data and with the same RECIPE compare; these tell them apart.
 ARM = ("loss", "strength", "seed")
 RECIPE = tuple(f.name for f in fields(Config) if f.name not in ("data", "test_every", *ARM))
-PRIMARY = "test.top5_error"
+PRIMARY, PAIR, SEEDS = "test.top5_error", "CE - LACE", 5  # declared in the README before the runs
 # Set and figure of a record's last line; shown where all records of a group have them. Percent, but for the NLL.
 METRICS = {
     PRIMARY: "top-5 error",
@@ -109,9 +109,11 @@ def summarise(records: list[Record]) -> dict[str, Any]:
         "arms": by_arm,
         "differences": {
             f"{a} - {b}": {metric: difference(by_arm[a][metric], by_arm[b][metric]) for metric in shown}
-            for a, b in combinations(by_arm, 2)
+            for a, b in sorted(combinations(by_arm, 2), key=lambda pair: " - ".join(pair) != PAIR)
         },
-        "is_cifar100": first["data"].lower().startswith("cifar") and first["classes"] == 100,
+        "is_cifar100": first["data"].lower().startswith("cifar")
+        and (first["classes"], first["train_images"] + first["unused_images"], first["test_images"])
+        == (100, 50_000, 10_000),
         "scaled_down": [text for text in scaled if not text.startswith("precision")],
         "paper_top5_error": PAPER,
         "unfinished": [r["path"] for r in records if "final" not in r],
@@ -133,24 +135,35 @@ def statistics(values: list[float]) -> dict[str, Any]:
 
 
 def difference(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """a's mean minus b's, Welch's 95 % interval and two-sided p; these None, with a `note`, where there are none."""
-    found: dict[str, Any] = {"mean": a["mean"] - b["mean"], "interval": None, "p": None, "note": None}
-    if a["sd"] is None or b["sd"] is None:
-        return found | {"note": "no interval with one seed"}
-    if a["sd"] == b["sd"] == 0:
-        return found | {"note": "no interval: no spread over the seeds"}
+    """a's mean minus b's, Welch's 95 % interval and two-sided p; these None where the seeds have no spread."""
+    seeds = min(len(a["values"]), len(b["values"]))
+    found: dict[str, Any] = {"mean": a["mean"] - b["mean"], "interval": None, "p": None, "seeds": seeds}
+    if seeds == 1 or a["sd"] == b["sd"] == 0:
+        return found
     test = ttest_ind(a["values"], b["values"], equal_var=False)
     interval = test.confidence_interval()
     return found | {"interval": [float(interval.low), float(interval.high)], "p": float(test.pvalue)}
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """Tables by loss, by seed and of the differences, verdicts, and what keeps it from being the paper's experiment."""
-    recipe, shown = summary["recipe"], summary["metrics"]
+    """What finished runs gave, what keeps it from being the paper's experiment, and what is unfinished."""
+    recipe = summary["recipe"]
+    lines = [f"### {summary['data']}: width {recipe['width']}, {recipe['epochs']} epochs", ""]
+    lines += tables(summary) if summary["arms"] else []
+    if summary["is_cifar100"] and summary["scaled_down"]:
+        lines.append(
+            f"- Scaled down: {', '.join(summary['scaled_down'])}. Not to be compared with the paper's top-5 error,"
+            f" {PAPER['ce']} % (CE) and {PAPER['lace']} % (LACE)."
+        )
+    lines += [f"- Unfinished, not counted: {path}" for path in summary["unfinished"]]
+    return "\n".join(lines).rstrip()
+
+
+def tables(summary: dict[str, Any]) -> list[str]:
+    """By loss, by seed and of the differences; verdicts."""
+    shown = summary["metrics"]
     titles = [METRICS[metric] for metric in shown]
     lines = [
-        f"### {summary['data']}: width {recipe['width']}, {recipe['epochs']} epochs",
-        "",
         "Figures of the last epoch, errors in percent: mean ± standard deviation over the seeds.",
         "",
         *header("loss", "n", *titles),
@@ -170,14 +183,7 @@ def markdown(summary: dict[str, Any]) -> str:
         for pair, found in summary["differences"].items():
             lines.append(row(pair, *(signed(found[m], m) for m in shown)))
         lines += ["", *(f"- {verdict(pair, found[PRIMARY])}" for pair, found in summary["differences"].items())]
-    lines += papers_questions(summary) if is_papers else []
-    if summary["is_cifar100"] and summary["scaled_down"]:
-        lines.append(
-            f"- Scaled down: {', '.join(summary['scaled_down'])}. Not to be compared with the paper's top-5 error,"
-            f" {PAPER['ce']} % (CE) and {PAPER['lace']} % (LACE)."
-        )
-    lines += [f"- Unfinished, not counted: {path}" for path in summary["unfinished"]]
-    return "\n".join(lines).rstrip()
+    return lines + (papers_questions(summary) if is_papers else [])
 
 
 def row(*cells: object) -> str:
@@ -204,12 +210,17 @@ def signed(found: dict[str, Any], metric: str) -> str:
 
 def verdict(pair: str, found: dict[str, Any]) -> str:
     """On the primary figure, in words."""
+    said = f"Top-5 error, {pair}: {signed(found, PRIMARY)} points"
+    if found["seeds"] < SEEDS:
+        return f"{said}: no verdict, which was declared for at least {SEEDS} seeds a loss."
     if found["interval"] is None:
-        return f"Top-5 error, {pair}: {signed(found, PRIMARY)} points, {found['note']}: undecided."
+        return f"{said}: undecided, the seeds have no spread."
     low, high = found["interval"]
     a, b = pair.split(" - ")
     word = f"{b} has the smaller error" if low > 0 else f"{a} has the smaller error" if high < 0 else "undecided"
-    return f"Top-5 error, {pair}: {signed(found, PRIMARY)} points, p = {found['p']:.2g}: {word}."
+    undeclared = word != "undecided" and pair != PAIR
+    beside = f" (beside the declared {PAIR}, not corrected for several pairs)" if undeclared else ""
+    return f"{said}, p = {found['p']:.2g}: {word}{beside}."
 
 
 def papers_questions(summary: dict[str, Any]) -> list[str]:
@@ -218,13 +229,11 @@ def papers_questions(summary: dict[str, Any]) -> list[str]:
     if ce := summary["arms"].get("CE"):
         near = abs(ce[PRIMARY]["mean"] - PAPER["ce"]) <= 0.3
         lines.append(f"- CE's mean is {'within' if near else 'not within'} 0.3 points of the paper's {PAPER['ce']} %.")
-    found = summary["differences"].get("CE - LACE", {}).get(PRIMARY, {})
+    found = summary["differences"].get(PAIR, {}).get(PRIMARY, {})
     if found.get("interval"):
         gap = PAPER["ce"] - PAPER["lace"]
         holds = found["interval"][0] <= gap <= found["interval"][1]
-        lines.append(
-            f"- The interval of CE - LACE {'holds' if holds else 'does not hold'} the paper's {gap:.1f} points."
-        )
+        lines.append(f"- The interval of {PAIR} {'holds' if holds else 'does not hold'} the paper's {gap:.1f} points.")
     return lines
 
 

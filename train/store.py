@@ -34,6 +34,7 @@ Record = dict[str, Any]
 TRAINED = ("train_loss", "train_top1_error", "grad_norm")  # of every epoch
 TESTED = ("top1_error", "top5_error", "nll", "calibration_error")  # of those with a test
 FIGURES = (*TRAINED, *TESTED)  # of a finished run
+SIZES = ("train_images", "test_images", "unused_images", "classes")
 # What must not change within a run. The commit may: one that edits the README must not strand a long run.
 IDENTITY = (*(f.name for f in fields(Config)), "data_sha256", "device", "threads")
 
@@ -112,7 +113,7 @@ def record_lines(path: Path) -> tuple[Record, list[Record], Record]:
         except json.JSONDecodeError as error:
             raise TrainError(f"{path}, line {number}: not JSON, perhaps cut short") from error
         final = isinstance(lines[-1], dict) and "final" in lines[-1]
-        required = IDENTITY if number == 1 else (*FIGURES, "sets") if final else TRAINED
+        required = (*IDENTITY, *SIZES) if number == 1 else (*FIGURES, "sets") if final else TRAINED
         if not isinstance(lines[-1], dict) or (missing := [key for key in required if key not in lines[-1]]):
             lacks = f": it lacks {', '.join(missing)}" if isinstance(lines[-1], dict) else ""
             raise TrainError(f"{path}, line {number}: not a line of a record{lacks}")
@@ -159,3 +160,17 @@ def load_checkpoint(path: Path, device: torch.device) -> Record | None:
     if damaged:
         raise TrainError(f"{' and '.join(map(str, damaged))} damaged (SHA-256 differs): remove to start this run again")
     return None
+
+
+def finished_checkpoint(record_path: Path, device: torch.device) -> Record:
+    """The checkpoint of a finished run, which lies beside its record.
+
+    Raises TrainError where there is none, or one of another run or epoch.
+    """
+    path = record_path.with_suffix(".checkpoint")
+    state = load_checkpoint(path, device)
+    if state is None:
+        raise TrainError(f"{record_path} has its weights in {path}, which is not there")
+    if state["log"] != read_record(record_path)["epochs_log"]:
+        raise TrainError(f"{path} is not of the run that {record_path} records: its epochs went otherwise")
+    return state
