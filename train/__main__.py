@@ -22,7 +22,7 @@ from .attack import attack
 from .config import DIGITS, Config, TrainError
 from .data import load
 from .export import export
-from .loop import Run, is_another_process, train
+from .loop import Run, from_all, is_another_process, is_out_of_memory, train
 from .report import record_files, report
 
 
@@ -95,8 +95,6 @@ def machine(args: argparse.Namespace) -> tuple[torch.device, bool]:
         raise TrainError("--mode graph needs a CUDA device, and torch sees none or --device is cpu")
     if graph and processes:
         raise TrainError("--mode graph is of one process, and torchrun started several")
-    if not graph and (args.replicas or 1) > 1:
-        raise TrainError(f"--replicas {args.replicas} needs --mode graph: eager steps do not run side by side")
     if processes:
         if kind == "cuda":
             place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -122,16 +120,29 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     name = Path(args.data).resolve().name
     configs = [Config(name, loss, seed, **(recipe | fixed[loss])) for seed in args.seeds for loss in losses]
     args.out.mkdir(parents=True, exist_ok=True)
+    place = int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
+    if place:
+        dist.barrier()  # the first process of a machine may have to download
     data = load(args.data, args.root, device, configs[0].shrink, configs[0].subset)
+    if dist.is_initialized() and not place:
+        dist.barrier()
+    if len(set(from_all(data.sha256))) > 1:
+        raise TrainError(f"--data {args.data} is not the same for all processes")
     if graph and len(data.images) % configs[0].batch:
+        uneven = f"--batch {configs[0].batch} does not divide {len(data.images)} images"
+        if args.mode == "graph":
+            raise TrainError(f"--mode graph: {uneven}")
+        print(f"{uneven}: --mode eager", file=sys.stderr)
         graph = False
-    if args.mode == "graph" and not graph:
-        raise TrainError(f"--mode graph: --batch {configs[0].batch} does not divide {len(data.images)} images")
+    replicas = args.replicas or (4 if graph else 1)
+    if replicas > 1 and not graph:
+        raise TrainError(f"--replicas {replicas} needs --mode graph: eager steps do not run side by side")
+    made = {"mode": "graph" if graph else "eager", "replicas": replicas, "command": command}
     images = len(configs) * configs[0].epochs * len(data.images)
     hidden = True if is_another_process() else None
     with tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=hidden) as bar:
-        runs = [Run(config, data, args.out, command, bar) for config in configs]
-        train(runs, graph, args.replicas or (4 if graph else 1), args.max_seconds)
+        runs = [Run(config, data, args.out, made, bar) for config in configs]
+        train(runs, graph, replicas, args.max_seconds)
     return [run.record_path for run in runs if run.record_path.exists()]
 
 
@@ -152,6 +163,11 @@ def main(arguments: list[str]) -> int:
                 report(records)
     except (TrainError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if not is_another_process():

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lace_loss.ext.torch import lace_loss
 
 from .config import TrainError
-from .data import Data, load, normalised
-from .loop import evaluate, network
+from .data import Data, load
+from .loop import evaluate, logits_of, network
 from .store import finished_checkpoint, record_lines, write_record
 
 EPSILON = 8.0  # of 255
@@ -42,14 +42,17 @@ def attack(files: list[Path], data: str, root: str, device: torch.device) -> Non
         torch.manual_seed(0)
         for name, steps in (("fgsm", 1), ("pgd", STEPS)):
             parts = zip(torch.split(images.test_images, 1000), torch.split(images.test_labels, 1000), strict=True)
-            changed = torch.cat([adversarial(model, x, y, images.mean, steps) for x, y in parts])
-            final["sets"][name] = evaluate(model, changed, images.test_labels, images.mean, header["precision"])
+            precision = header["precision"]
+            changed = torch.cat([adversarial(model, x, y, images.mean, steps, precision) for x, y in parts])
+            final["sets"][name] = evaluate(model, changed, images.test_labels, images.mean, precision)
             found = final["sets"][name]["top1_error"]
             print(f"{file.stem}: {found:.2f} % top-1 error under {name.upper()}", file=sys.stderr)
         write_record(file, header, log, final)
 
 
-def adversarial(model: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, steps: int) -> Tensor:
+def adversarial(
+    model: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, steps: int, precision: str = "float32"
+) -> Tensor:
     """Images (N, C, H, W), float32 in 0 to 255, changed for the worse: a full step, or several from a random start."""
     clean = images.float()
     low, high = (clean - EPSILON).clamp_(min=0), (clean + EPSILON).clamp_(max=255)
@@ -57,7 +60,7 @@ def adversarial(model: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, 
     x = clean if steps == 1 else low + torch.rand_like(clean) * (high - low)
     for _ in range(steps):
         x.requires_grad_()
-        loss = lace_loss(model(normalised(x, mean)), labels, reduction="sum", strength=0.0)
+        loss = lace_loss(logits_of(model, x, mean, precision), labels, reduction="sum", strength=0.0)
         (gradient,) = torch.autograd.grad(loss, x)
         x = (x.detach() + size * gradient.sign()).clamp(low, high)
     return x

@@ -2,7 +2,8 @@
 
     python -m lace_loss.train.deployed MODEL.onnx FOLDER     FOLDER has a folder of images for every class
 
-Prints the figures of `lace_loss.ext.evaluate`, which are those of the run's own test. Needs onnxruntime and Pillow.
+Prints the figures of `lace_loss.ext.evaluate`, which are those of the run's own test (but for rounding where that was
+in bfloat16: the model is in float32). Needs onnxruntime and Pillow.
 """
 
 import argparse

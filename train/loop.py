@@ -108,14 +108,14 @@ class Replica:
             self.step(self.batches[i])
 
     def end(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the epoch: the losses and the gradient's norms of the steps, the ranks of the images."""
+        """Of the epoch: the losses and the gradient's norms of the steps, the ranks of the images; waits for them."""
         if self.graph:
             torch.cuda.current_stream().wait_stream(self.stream)
         if dist.is_initialized():
             dist.all_reduce(self.losses)
             self.losses /= dist.get_world_size()
             dist.all_reduce(self.ranks)
-        return self.losses.double(), self.grad_norms.double(), self.ranks
+        return self.losses.cpu().double(), self.grad_norms.cpu().double(), self.ranks.cpu()
 
     def capture(self) -> None:
         """Make a graph of the step, on a stream of its own, so that replicas run side by side."""
@@ -169,12 +169,12 @@ class Run:
     weight is not finite.
     """
 
-    def __init__(self, config: Config, data: Data, out: Path, command: str, bar: "tqdm[NoReturn]") -> None:
+    def __init__(self, config: Config, data: Data, out: Path, made: Record, bar: "tqdm[NoReturn]") -> None:
         strength = "" if config.loss != "lace" or config.strength == 1 else f"{config.strength:g}"
         self.name = f"{config.data}_{config.loss}{strength}_seed{config.seed}_w{config.width}"
         self.config, self.data, self.bar = config, data, bar
         self.record_path, self.checkpoint_path = out / f"{self.name}.jsonl", out / f"{self.name}.checkpoint"
-        self.header, self.log = describe(config, data, command), list[Record]()
+        self.header, self.log = describe(config, data, made), list[Record]()
         self.finished = False
         n = len(data.images)
         if n % config.batch == 1:
@@ -201,9 +201,12 @@ class Run:
     def load(self) -> None:
         """The model, from the last checkpoint if there is one."""
         self.replica = Replica(self.config, self.data)
-        self.saved, self.saved_at, self.saving = -1, time.perf_counter(), 0.0
+        self.saved = -1
         if state := from_first(self.find_checkpoint):
-            self.header, self.log = state["header"], state["log"]
+            now, self.header, self.log = self.header, state["header"], state["log"]
+            if any(now[key] != self.header[key] for key in ("versions", "commit")):
+                change = {"after_epoch": len(self.log), "versions": now["versions"], "commit": now["commit"]}
+                self.header = self.header | {"resumed": [*self.header.get("resumed", []), change]}
             self.replica.restore(state)
             self.saved = len(self.log)
             self.say(f"resumed after epoch {self.saved}")
@@ -215,13 +218,11 @@ class Run:
 
     def begin(self) -> None:
         self.bar.set_description(f"{self.name} epoch {len(self.log) + 1}/{self.config.epochs}")
-        self.start = time.perf_counter()
         self.lr = self.replica.begin(len(self.log))
 
-    def end(self) -> None:
-        """Log the epoch, test if it is due, and save."""
-        config, epoch, n = self.config, len(self.log), len(self.data.images)
-        losses, norms, ranks = self.replica.end()
+    def end(self, losses: Tensor, norms: Tensor, ranks: Tensor, seconds: float) -> None:
+        """Log the epoch, which took so many seconds and gave these figures of steps and images; test if it is due."""
+        config, epoch, n, start = self.config, len(self.log), len(self.data.images), time.perf_counter()
         for what, values in (("loss", losses), ("gradient's norm", norms)):
             if len(bad := (~values.isfinite()).nonzero()):
                 raise TrainError(
@@ -241,20 +242,20 @@ class Run:
             "train_top1_error": 100 * (ranks >= 1).sum().item() / n,
             "grad_norm": norms.mean().item(),
         }
-        speed = n / (time.perf_counter() - self.start)
         last = epoch + 1 == config.epochs
         tested: Record = {}
         if last or (epoch + 1) % config.test_every == 0:
             tested = self.evaluate(self.data.test_images, self.data.test_labels)
             row |= {key: tested[key] for key in TESTED}
-        self.log.append(row | {"seconds": time.perf_counter() - self.start, "images_per_second": speed})
+        row |= {"seconds": seconds + time.perf_counter() - start, "images_per_second": n / seconds}
+        self.log.append(row)
         if last:
             self.save()
             self.finish()
-        elif time.perf_counter() - self.saved_at >= self.saving / SAVING_SHARE:
-            self.save()
         errors = f", test error {row['top1_error']:.2f} % top-1, {row['top5_error']:.2f} % top-5" if tested else ""
-        self.say(f"epoch {epoch + 1}/{config.epochs}: train loss {row['train_loss']:.4g}{errors}, {speed:.0f} images/s")
+        self.say(
+            f"epoch {epoch + 1}/{config.epochs}: train loss {row['train_loss']:.4g}{errors}, {n / seconds:.0f} images/s"
+        )
 
     def say(self, text: str) -> None:
         if not is_another_process():
@@ -266,12 +267,10 @@ class Run:
     def save(self) -> None:
         if is_another_process() or self.saved == len(self.log):
             return
-        start = time.perf_counter()
         state = {"header": self.header, "log": self.log, "mean": self.data.mean, **self.replica.state()}
         save_checkpoint(self.checkpoint_path, state)
         write_record(self.record_path, self.header, self.log)
-        self.saved, self.saved_at = len(self.log), time.perf_counter()
-        self.saving = self.saved_at - start
+        self.saved = len(self.log)
 
     def finish(self) -> None:
         """The record's last line: the last epoch's figures, and those of every set."""
@@ -301,13 +300,17 @@ def train(runs: list[Run], graph: bool, replicas: int, max_seconds: float) -> No
     while waiting:
         wave, waiting, ready = waiting[:replicas], waiting[replicas:], 0
         size = len(wave)
+        if longest and too_late(time.perf_counter() + longest - deadline):
+            wave[0].say(f"not begun within --max-seconds {max_seconds:g}: the same command goes on")
+            break
         try:
             for run in wave:
                 run.load()
-                if graph:
+                if graph and not run.finished:
                     run.replica.capture()
                 ready += 1
             wave = unfinished(wave)
+            saved_at, saving = time.perf_counter(), 0.0
             while wave:
                 start = time.perf_counter()
                 if too_late(start + longest - deadline):
@@ -322,16 +325,23 @@ def train(runs: list[Run], graph: bool, replicas: int, max_seconds: float) -> No
                     for run in wave:
                         run.replica.advance(i)
                         run.bar.update(len(run.replica.batches[i]))
-                for run in wave:
+                figures = [run.replica.end() for run in wave]
+                seconds = time.perf_counter() - start
+                for run, found in zip(wave, figures, strict=True):
                     try:
-                        run.end()
+                        run.end(*found, seconds)
                     except TrainError as error:
                         failures.append(str(error))
                         run.finished = True
                 wave = unfinished(wave)
                 longest = max(longest, time.perf_counter() - start)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # CPU
+                if (now := time.perf_counter()) - saved_at >= saving / SAVING_SHARE:
+                    for run in wave:
+                        run.save()
+                    saved_at = time.perf_counter()
+                    saving = saved_at - now
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             fits = min(ready, size - 1)
             fit = (
@@ -355,12 +365,33 @@ def is_another_process() -> bool:
     return dist.is_initialized() and dist.get_rank() > 0
 
 
-def from_first(find: Callable[[], Found]) -> Found:
-    """What the first process finds, in all of them, whose folders may be others."""
-    found = [None if is_another_process() else find()]
+def from_all(value: Found) -> list[Found]:
+    """The value of every process, the first one's first."""
+    values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(found, device=torch.device("cpu"))
-    return cast("Found", found[0])
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(find: Callable[[], Found]) -> Found:
+    """What the first process finds or raises, in all of them, whose folders may be others."""
+    found: Found | TrainError | OSError | None = None
+    if not is_another_process():
+        try:
+            found = find()
+        except (TrainError, OSError) as error:
+            found = error
+    found = from_all(found)[0]
+    if isinstance(found, Exception):
+        raise found
+    return cast("Found", found)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU (its driver's and libraries' are no OutOfMemoryError) or a CPU."""
+    signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def too_late(seconds: float) -> bool:
@@ -371,12 +402,17 @@ def too_late(seconds: float) -> bool:
     return bool(late)
 
 
+def logits_of(model: nn.Module, images: Tensor, mean: Tensor, precision: str) -> Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        logits: Tensor = model(normalised(images, mean))
+    return logits
+
+
 @torch.inference_mode()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, precision: str = "float32") -> Record:
     """Errors in percent, mean negative log-likelihood and calibration of the model on images as they are."""
     model.eval()
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        logits = torch.cat([model(normalised(batch, mean)) for batch in torch.split(images, 1000)])
+    logits = torch.cat([logits_of(model, batch, mean, precision) for batch in torch.split(images, 1000)])
     try:
         found = ext.evaluate(logits.cpu().numpy(), labels.cpu().numpy(), strength=0.0)
     except ValueError as error:

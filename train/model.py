@@ -28,7 +28,7 @@ class BatchNorm(nn.BatchNorm2d):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         x32, along = x.float(), (1, -1, 1, 1)
-        count = x32.new_tensor(x32.numel() // x32.shape[1])
+        count = torch.full((), x32.numel() // x32.shape[1], dtype=x32.dtype, device=x32.device)
         dist.all_reduce(count)
         mean = SumOfProcesses.apply(x32.sum((0, 2, 3))) / count
         centred = x32 - mean.view(along)
@@ -82,7 +82,7 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A mean over the pixels, not adaptive pooling: the backward of that one is not deterministic on CUDA.
-        features = self.blocks(F.relu(self.stem(x))).mean((2, 3))
+        features = self.blocks(F.relu(self.stem(x))).mean((2, 3), dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits: Tensor = self.head(features.float())
+            logits: Tensor = self.head(features)
         return logits

@@ -148,7 +148,7 @@ def difference(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 def markdown(summary: dict[str, Any]) -> str:
     """What finished runs gave, what keeps it from being the paper's experiment, and what is unfinished."""
     recipe = summary["recipe"]
-    lines = [f"### {summary['data']}: width {recipe['width']}, {recipe['epochs']} epochs", ""]
+    lines = [f"### {summary['data']}: width {recipe['width']}, {recipe['epochs']} epochs, {recipe['precision']}", ""]
     lines += tables(summary) if summary["arms"] else []
     if summary["is_cifar100"] and summary["scaled_down"]:
         lines.append(
@@ -226,11 +226,11 @@ def verdict(pair: str, found: dict[str, Any]) -> str:
 def papers_questions(summary: dict[str, Any]) -> list[str]:
     """Whether the baseline is the paper's, within 0.3 points, and whether its difference lies in our interval."""
     lines = []
-    if ce := summary["arms"].get("CE"):
+    if (ce := summary["arms"].get("CE")) and ce["n"] >= SEEDS:
         near = abs(ce[PRIMARY]["mean"] - PAPER["ce"]) <= 0.3
         lines.append(f"- CE's mean is {'within' if near else 'not within'} 0.3 points of the paper's {PAPER['ce']} %.")
     found = summary["differences"].get(PAIR, {}).get(PRIMARY, {})
-    if found.get("interval"):
+    if found.get("interval") and found["seeds"] >= SEEDS:
         gap = PAPER["ce"] - PAPER["lace"]
         holds = found["interval"][0] <= gap <= found["interval"][1]
         lines.append(f"- The interval of {PAIR} {'holds' if holds else 'does not hold'} the paper's {gap:.1f} points.")

@@ -39,9 +39,10 @@ SIZES = ("train_images", "test_images", "unused_images", "classes")
 IDENTITY = (*(f.name for f in fields(Config)), "data_sha256", "device", "threads")
 
 
-def describe(config: Config, data: Data, command: str) -> Record:
-    """The header of a record."""
-    device = torch.cuda.get_device_name() if data.images.is_cuda else f"{platform.machine()} {cpu_capability()}"
+def describe(config: Config, data: Data, made: Record) -> Record:
+    """The header of a record, with how the run is `made`: mode, replicas and command."""
+    gpu = data.images.is_cuda
+    device = torch.cuda.get_device_name() if gpu else f"{platform.machine()} {cpu_capability()}"
     processes = f"{dist.get_world_size()} processes, " if dist.is_initialized() else ""
     return asdict(config) | {
         "train_images": len(data.images),
@@ -50,12 +51,18 @@ def describe(config: Config, data: Data, command: str) -> Record:
         "classes": data.classes,
         "data_sha256": data.sha256,
         "device": processes + device,
-        "threads": torch.get_num_threads(),
+        "threads": None if gpu else torch.get_num_threads(),  # they change no bit there
         "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "numpy", "lace-loss")},
+        | {package: version(package) for package in ("torch", "numpy", "lace-loss")}
+        | (versions_of_cuda() if gpu else {}),
         "commit": commit(),
-        "command": command,
+        **made,
     }
+
+
+def versions_of_cuda() -> Record:
+    cudnn: Any = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return {"triton": version("triton"), "cuda": torch.version.cuda, "cudnn": cudnn}
 
 
 def version(package: str) -> str:
@@ -80,19 +87,29 @@ def commit() -> str | None:
 
 def refuse_other(path: Path, found: Record, header: Record) -> None:
     for key in IDENTITY:
-        if found[key] != header[key]:
+        if found.get(key) != header[key]:
             raise TrainError(
-                f"{path} is of a run with {key} = {found[key]!r}, this one has {header[key]!r}: choose another --out"
+                f"{path} is of a run with {key} = {found.get(key)!r}, this one has {header[key]!r}:"
+                " choose another --out"
             )
 
 
-def write(path: Path, content: bytes) -> None:
-    """Replace the file by one that is on the disk already: a kill leaves the old one or the new one."""
+def write(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Replace the file, which becomes `keep`, by one that is on the disk already: a kill leaves one of them whole.
+
+    Raises TrainError, and leaves everything as it was, where there is no room.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TrainError(f"{path} cannot be written and is left as it was: {error}") from error
+    if keep and path.exists():
+        os.replace(path, keep)
     os.replace(temporary, path)
 
 
@@ -135,9 +152,7 @@ def save_checkpoint(path: Path, state: Record) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    if path.exists():
-        os.replace(path, previous(path))
-    write(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    write(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content, keep=previous(path))
 
 
 def load_checkpoint(path: Path, device: torch.device) -> Record | None:
