@@ -8,10 +8,10 @@ gradient in one more reading. With m the largest logit but the target's and S = 
     are S e, 1 and e over their sum where the target leads, S, e and 1 elsewhere;  n = log1p(S e) or d + log(S + e)
     dL/dz_j = K q exp(z_j - m), j != t                       dL/dz_t = -K r
 
-What rounding takes from z - m and from its product with log2 e is put back: 87 / 2 ulp would be missing otherwise. The
-sum is of exp(z_j - o), o a multiple of 32 near the m of its time, and keeps what its own roundings take: adding 64 equal
-blocks one after the other cost the loss up to 93 ulp. Nothing here waits for the device or depends on how programs are
-scheduled: the same bits in every run. Everything is float32.
+What rounding takes from z - m and from its product with log2 e is put back: 87 / 2 ulp would be missing otherwise.
+The sum is of exp(z_j - o), o a multiple of 32 near the m of its time, and keeps what its own roundings take: adding 64
+equal blocks one after the other cost the loss up to 93 ulp. Nothing here waits for the device or depends on how
+programs are scheduled: the same bits in every run. Everything is float32.
 """
 
 from typing import Any

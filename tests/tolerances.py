@@ -10,7 +10,7 @@ ULP = {
     "kernel, weighted": 8.5,
     # The contract of the kernels of a GPU. exp2 there is within 2 ulp, a block's sum adds a few, and L is about the
     # square of both. In the interpreter, whose exp2 is rounded once, the largest seen is 9.6, over 228 rows made for it
-    # of 262,144 classes; and 13.5 where 262,143 of 1.1e-7 are added to 1, which NumPy does 16 at a time, a GPU in pairs.
+    # of 262,144 classes; and 13.5 where 262,143 of 1.1e-7 are added to 1, which NumPy does 16 at a time, GPUs in pairs.
     "gpu": 16,
 }
 
