@@ -370,7 +370,7 @@ def benchmark():
 def test_the_benchmark_fills_a_row_a_shape_and_pass_with_the_bytes_it_claims(benchmark):
     out = io.StringIO()
     shapes = ["8x16:float32", "2x5x3x4:bfloat16"]
-    benchmark.measured(shapes, "cpu", False, 1, benchmark.Timer("cpu"), out)
+    benchmark.measured(shapes, "cpu", 0, 1, benchmark.Timer("cpu"), out)
     head, table = out.getvalue().split("\n\n")
     bandwidth = float(re.match(r"Copy: (\S+) GB/s", head)[1])
     header, _, *body = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().split("\n"))
