@@ -37,7 +37,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_what_takes_a_device_holds_in_triton_s_interpreter():
-    files = [HERE / f"test_{name}.py" for name in ("gpu", "torch", "edges", "torch_cases", "dispatch")]
+    files = [HERE / f"test_{name}.py" for name in ("gpu", "torch", "edges", "torch_cases", "dispatch", "errors")]
     # 70,000 samples are a matter of minutes there.
     command = [
         sys.executable,
