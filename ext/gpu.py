@@ -8,8 +8,10 @@ gradient in one more reading. With m the largest logit but the target's and S = 
     are S e, 1 and e over their sum where the target leads, S, e and 1 elsewhere;  n = log1p(S e) or d + log(S + e)
     dL/dz_j = K q exp(z_j - m), j != t                       dL/dz_t = -K r
 
-What rounding takes from z - m is put back before the exponential: 87 / 2 ulp would be missing otherwise. Nothing here
-waits for the device or depends on how programs are scheduled: the same bits in every run. Everything is float32.
+What rounding takes from z - m and from its product with log2 e is put back: 87 / 2 ulp would be missing otherwise.
+The sum is of exp(z_j - o), o a multiple of 32 near the m of its time, and keeps what its own roundings take: adding 64
+equal blocks one after the other cost the loss up to 93 ulp. Nothing here waits for the device or depends on how
+programs are scheduled: the same bits in every run. Everything is float32.
 """
 
 from typing import Any
@@ -22,8 +24,9 @@ from torch import Tensor
 __all__ = ["backward", "forward", "gradient_like", "rows_like", "warps"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LN2_HIGH = tl.constexpr(355 / 512)  # nine bits: its multiples are exact
-_LN2_LOW = tl.constexpr(-2.1219444005469057e-4)
+_LN2 = tl.constexpr(0.6931471805599453)
+_LN2_HIGH = tl.constexpr(177 / 256)  # eight bits: its multiples are exact
+_LN2_LOW = tl.constexpr(0.6931471805599453 - 177 / 256)
 _ROUNDER = tl.constexpr(1.5 * 2**23)  # added, it leaves the nearest integer in the low bits
 # Factor 2^64: an exponential that ends up in the subnormal range, or leaves it by a loss scale, keeps all its bits.
 _RAISED = tl.constexpr(64)
@@ -32,15 +35,18 @@ _LOWER = tl.constexpr(2.0**-64)
 
 @triton.jit
 def _split_exp(z, m, RAISED: tl.constexpr, WIDE: tl.constexpr):
-    """exp(z - m) 2^RAISED is exp(rest) scale, |rest| <= 0.36, and 0 where it is `far`."""
+    """exp(z - m) 2^RAISED is exp(rest) scale, |rest| <= 0.36, and 0 where it is `far`. If not WIDE, z is of a half
+    type and m, too, and 0 or at least 2^-6: m + n ln 2 is near z, and exact but for the last bits of ln 2.
+    """
     d = z - m
     shifted = tl.fma(d, _LOG2_E, _ROUNDER + 127 + RAISED)
     scale = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
     n = shifted - (_ROUNDER + 127 + RAISED)
-    rest = tl.fma(n, -_LN2_LOW, tl.fma(n, -_LN2_HIGH, d))
     if WIDE:
         back = d - z
-        rest += (z - (d - back)) - (m + back)
+        rest = tl.fma(n, -_LN2_LOW, tl.fma(n, -_LN2_HIGH, d)) + ((z - (d - back)) - (m + back))
+    else:
+        rest = tl.fma(n, -_LN2_LOW, z - tl.fma(n, _LN2_HIGH, m))
     return rest, scale, d < -87.0 - 0.69 * RAISED  # not true of NaN
 
 
@@ -52,25 +58,51 @@ def _exp(z, m, RAISED: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _exp_to_add(z, m, WIDE: tl.constexpr):
-    """At most 1. The product's rounding is left in where the logits are half: it costs at most |z - m| 1.2 2^-24, and
-    what is far below m weighs little: 11 x 2^-24 of the sum at worst, for 262,144 classes.
+def _origin(m):
+    """A multiple of 32 near m. What is near m itself lies at an exact distance from it, for a half type as good as
+    always, and for float32 but for one rounding that a subtraction finds again.
     """
+    return tl.floor(m * (1 / 32) + 0.5) * 32
+
+
+@triton.jit
+def _exp_to_add(z, origin, WIDE: tl.constexpr):
+    """exp(z - origin); 0 from -87 on, where z is far below the largest."""
+    d = z - origin
+    product = d * _LOG2_E
+    lost = tl.fma(product, -_LN2, d)
     if WIDE:
-        return _exp(z, m, 0, True)
-    else:
-        return tl.exp2((z - m) * _LOG2_E)
+        lost += z - (d + origin)
+    p = tl.exp2(product)
+    return tl.fma(p, tl.minimum(lost, 1.0), p)  # NaN, of a logit of -inf, becomes 1
+
+
+@triton.jit
+def _plus(total, lost, x):
+    """The sum and what its roundings took, with x. Four side by side are added in pairs: up to Triton 3.6 a thread adds
+    its 32 in sequence, of which, all alike, up to 8 x 2^-24 is lost. They are a thread's own: it costs nothing.
+    """
+    if x.shape[1] >= 256:
+        for _ in tl.static_range(2):
+            a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+            x = a + b
+    x = tl.sum(x, 1)
+    both = total + x
+    back = both - total
+    return both, lost + tl.where(both == float("inf"), 0.0, (total - (both - back)) + (x - back))
 
 
 @triton.jit
 def _exp_of_row(z, m):
-    """Raised; once a sample, within 1 ulp, since L is about its square."""
+    """Raised; once a sample, in two parts, since L is about its square."""
     rest, scale, far = _split_exp(z, m, _RAISED, True)
     p = tl.fma(rest, 1.3927684616575004e-3, 8.36438069329107e-3)
     p = tl.fma(rest, p, 4.166654542109553e-2)
     p = tl.fma(rest, p, 1.6666569628115477e-1)
     p = tl.fma(rest, p, 0.5)
-    return tl.where(far, 0.0, tl.fma(rest * rest, p, rest + 1.0) * scale)
+    high = rest + 1.0
+    low = tl.fma(rest * rest, p, rest - (high - 1.0))
+    return tl.where(far, 0.0, high * scale), tl.where(far, 0.0, low * scale)
 
 
 @triton.jit
@@ -135,26 +167,50 @@ def _load(z, t, exists, counts, first, start, samples, C, ROW: tl.constexpr, BC:
 
 
 @triton.jit
-def _add(m, total, ahead, x, j, others, t, z_t, WIDE: tl.constexpr, STATISTICS: tl.constexpr):
-    """The largest other logit, the sum of exponentials relative to it, and the rank, with those of x."""
-    if STATISTICS:
-        behind = tl.where(j < t[:, None], x < z_t[:, None], x <= z_t[:, None])  # never a NaN
-        ahead += tl.sum((others & (behind == 0)).to(tl.int32), 1)
-    x = tl.where(others, x, float("-inf"))
-    larger = tl.maximum(m, tl.max(x, 1))
-    origin = tl.where(larger == float("-inf"), 0.0, larger)
-    total = total * _exp(m, origin, 0, True) + tl.sum(_exp_to_add(x, origin[:, None], WIDE), 1)
-    return larger, total, ahead
+def _load_others(
+    z, t, exists, counts, first, start, samples,
+    C: tl.constexpr, ROW: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """`_load`, with -inf for what is no other class. Most blocks of one LONG row hold nothing of the kind, and are not
+    asked one logit at a time, which would be a quarter of the instructions.
+    """
+    if LONG:
+        j, inside, _, _, place = _tile(first, start, samples, C, ROW, BC, V)
+        others, own = inside & (j != t[:, None]), tl.max(t, 0)
+        if (first == 0) | (first + BC > C) | (own < 0) | ((own > first - V) & (own < first + BC)):
+            x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+            x = tl.where(others, x, float("-inf"))
+        else:
+            x = tl.load(z + place).to(tl.float32)
+        return x, j, others
+    else:
+        x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+        return tl.where(others, x, float("-inf")), j, others
 
 
 @triton.jit
-def _row(z_t, m, total):
-    """Of a sample whose largest other logit is m: m, r, q, n, and the probability of a logit of m and its -log."""
+def _add(m, total, lost, ahead, x, j, others, t, z_t, WIDE: tl.constexpr, STATISTICS: tl.constexpr):
+    """The largest other logit, the sum of exponentials relative to its origin, and the rank, with those of x."""
+    if STATISTICS:
+        behind = tl.where(j < t[:, None], x < z_t[:, None], x <= z_t[:, None])  # never a NaN
+        ahead += tl.sum((others & (behind == 0)).to(tl.int32), 1)
+    larger = tl.maximum(m, tl.max(x, 1))
+    origin = tl.where(larger == float("-inf"), 0.0, _origin(larger))
+    moved = _exp(_origin(m), origin, 0, True)
+    total, lost = _plus(total * moved, lost * moved, _exp_to_add(x, origin[:, None], WIDE))
+    return larger, total, lost, ahead
+
+
+@triton.jit
+def _row(z_t, m, total, lost):
+    """Of a sample whose largest other logit is about m: m, r, q, n, the probability of a logit of m and its -log."""
     m = tl.where(m == float("-inf"), z_t, m)  # no other class is left
     d = tl.where(z_t == float("inf"), float("nan"), m - z_t)
-    leads = d <= 0
-    e = tl.where(d != d, d, _exp_of_row(tl.minimum(m, z_t), tl.maximum(m, z_t)) * _LOWER)
-    r, q = tl.where(leads, total * e, total), tl.where(leads, 1.0, e)
+    leads, top = d <= 0, tl.maximum(m, z_t)
+    high, low = _exp_of_row(tl.minimum(m, z_t), top)
+    e = tl.where(d != d, d, (high + low) * _LOWER)
+    high, low = _exp_of_row(_origin(m), top)
+    r, q = tl.fma(total, high, tl.fma(total, low, lost * high)) * _LOWER, tl.where(leads, 1.0, e)
     both = r + q
     log = tl.where(leads, _log1p(r), tl.log(both))
     r, q, q_m = tl.div_rn(r, both), tl.div_rn(q, both), tl.div_rn(tl.where(leads, e, 1.0), both)
@@ -179,9 +235,9 @@ def _gradient(x, j, t, m, a, g, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _smoothed_gradient(x, j, t, w, m, q_m, n_m, factors, g, only, g_only, spread, strength, rest, WIDE: tl.constexpr):
+def _smoothed_gradient(x, j, t, w, m, q_m, n_m, factors, g, only, g_only, spread, strength, rest):
     """q_j sum a K - a_j K_j, and g for the target and g_only for the largest other logit if it is the only one."""
-    q = _exp(x, m[:, None], _RAISED, WIDE) * q_m[:, None] * _LOWER
+    q = _exp(x, m[:, None], _RAISED, True) * q_m[:, None] * _LOWER
     _, k = _factors(1.0 - q, q, m[:, None] - x + n_m[:, None], strength, rest)
     value = q * factors[:, None] - spread * w * k
     return tl.where(j == t[:, None], g[:, None], tl.where(x == only[:, None], g_only[:, None], value))
@@ -208,6 +264,7 @@ def _forward(
     backward pass; statistics; the gradient, divided by `divisor`.
     """
     WIDE: tl.constexpr = z.dtype.element_ty == tl.float32
+    LONG: tl.constexpr = (BM == 1) & (C > BC) & (gradient is None)  # more registers: too many for large blocks
     sample, exists, start = _samples_of(tl.program_id(0), samples, C, ROW, BM)
     t, counts, wrong = _class_of(target, sample, exists, ignore_index, C)
     known = tl.maximum(t, 0)
@@ -215,11 +272,14 @@ def _forward(
     z_t = tl.load(z + to_class, mask=t >= 0, other=0.0).to(tl.float32)
     w = tl.full([BM], 1.0, tl.float32) if weight is None else tl.load(weight + known)
 
-    m, s, ahead = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.int32)
+    m, s, lost = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+    ahead = tl.zeros([BM], tl.int32)
     for first in range(0, C + V - 1, BC):
-        x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
-        m, s, ahead = _add(m, s, ahead, x, j, others, t, z_t, WIDE, rank is not None)
-    m, r, q, n, q_m, n_m = _row(z_t, m, s)
+        x, j, others = _load_others(z, t, exists, counts, first, start, samples, C, ROW, BC, V, LONG)
+        m, s, lost, ahead = _add(m, s, lost, ahead, x, j, others, t, z_t, WIDE, rank is not None)
+    if not (WIDE or SMOOTHED):
+        m = tl.where(tl.abs(m) < 1 / 64, 0.0, m)  # for _split_exp; any m near the largest logit would do
+    m, r, q, n, q_m, n_m = _row(z_t, m, s, lost)
     f, k_t = _factors(r, q, n, strength, rest)
     of_sample = _weighted(w, f)
 
@@ -227,18 +287,20 @@ def _forward(
         # The classes that are neither the target nor tied for m have q <= 1/2 and 1 - q by subtraction.
         less, tied, w_m = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.int32), tl.zeros([BM], tl.float32)
         f_less, k_less = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+        lost, f_lost, k_lost = less, less, less
         for first in range(0, C + V - 1, BC):
             x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
             w_j = _class_weights(weight, j, C)
-            e = _exp(x, m[:, None], 0, WIDE)
+            e = _exp(x, m[:, None], 0, True)
             q_j = e * q_m[:, None]
             f_j, k_j = _factors(1.0 - q_j, q_j, m[:, None] - x + n_m[:, None], strength, rest)
             below, at = others & (x < m[:, None]), others & (x == m[:, None])
-            less += tl.sum(tl.where(below, e, 0.0), 1)
+            less, lost = _plus(less, lost, tl.where(below, e, 0.0))
             tied += tl.sum(at.to(tl.int32), 1)
             w_m += tl.sum(tl.where(at, w_j, 0.0), 1)
-            f_less += tl.sum(tl.where(below, _weighted(w_j, f_j), 0.0), 1)
-            k_less += tl.sum(tl.where(below, w_j * k_j, 0.0), 1)
+            f_less, f_lost = _plus(f_less, f_lost, tl.where(below, _weighted(w_j, f_j), 0.0))
+            k_less, k_lost = _plus(k_less, k_lost, tl.where(below, w_j * k_j, 0.0))
+        less, f_less, k_less = less + lost, f_less + f_lost, k_less + k_lost
         r_m = tl.fma(less + (tied - 1).to(tl.float32), q_m, q)
         f_m, k_m = _factors(r_m, q_m, n_m, strength, rest)
         spread = smoothing / C
@@ -341,9 +403,7 @@ def _backward(
         x, j, _others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
         if SMOOTHED:
             w = _class_weights(weight, j, C)
-            value = _smoothed_gradient(
-                x, j, t, w, m, q_m, n_m, factors, g, only, g_m, smoothing / C, strength, rest, WIDE
-            )
+            value = _smoothed_gradient(x, j, t, w, m, q_m, n_m, factors, g, only, g_m, smoothing / C, strength, rest)
             value = tl.where(counts[:, None], value * scale[:, None], 0.0)
         else:
             value = _gradient(x, j, t, m, a, g, WIDE)

@@ -1,8 +1,9 @@
-"""The C kernel runs wherever its result is right, the composite form elsewhere; derivatives are right on both.
+"""A device's kernel runs wherever its result is right, the composite form elsewhere; derivatives are right on both.
 
 The witness is `ref`: its gradient for what is a first derivative, its Hessian-vector product for a second one.
 """
 
+import importlib
 from contextlib import nullcontext
 from itertools import product
 
@@ -21,198 +22,228 @@ torch.manual_seed(0)
 INPUT, VECTOR = 3 * torch.randn(4, 5, dtype=torch.double), torch.randn(4, 5, dtype=torch.double)
 CLASSES, PROBABILITIES = torch.tensor([0, 4, 1, 2]), torch.rand(4, 5, dtype=torch.double).softmax(1)
 WEIGHT = torch.rand(5, dtype=torch.double)
-GRADIENT = torch.tensor(ref.backward(INPUT, CLASSES))
-PRODUCT = torch.tensor(ref.hessian_vector_product(INPUT, CLASSES, VECTOR))
-LOSS, SLOPE = torch.tensor(ref.forward(INPUT, CLASSES), dtype=torch.double), (GRADIENT * VECTOR).sum()
 
 compile_options = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 
 
+class Problem:
+    """Four samples on a device, in float64 or, for the kernels of a GPU, in float32; and what `ref` makes of them."""
+
+    def __init__(self, device, dtype):
+        self.device = device
+        self.bound = COMPOSITE["float64" if dtype == torch.double else "float32"]
+        given = (INPUT, VECTOR, WEIGHT, PROBABILITIES)
+        self.input, self.vector, self.weight, self.probabilities = (x.to(device, dtype, copy=True) for x in given)
+        self.classes = CLASSES.to(device)
+        z, v = self.input.double().cpu().numpy(), self.vector.double().cpu().numpy()
+        self.value, self.gradient = ref.forward(z, CLASSES), ref.backward(z, CLASSES)
+        self.product, self.slope = ref.hessian_vector_product(z, CLASSES, v), (self.gradient * v).sum()
+
+    def loss(self, z):
+        return lace_loss(z, self.classes)
+
+    def leaf(self):
+        return self.input.clone().requires_grad_()
+
+    def is_near(self, got, wanted):
+        wanted = torch.as_tensor(wanted, dtype=torch.double).detach().cpu()
+        return torch.allclose(got.detach().double().cpu(), wanted, rtol=self.bound, atol=self.bound)
+
+
+@pytest.fixture
+def at(device):
+    return Problem(device, torch.float if lace_torch._on_gpu(torch.empty(0, device=device)) else torch.double)
+
+
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """Grows by one whenever the C kernel runs."""
+    """Grows by one whenever a kernel runs."""
     calls = []
     monkeypatch.setattr(lace_torch, "_in_threads", lambda *args: calls.append(1) or ext._in_threads(*args))
+    if lace_torch._has_triton():
+        gpu = importlib.import_module("lace_loss.ext.gpu")
+        launch = gpu._launch
+        monkeypatch.setattr(gpu, "_launch", lambda *args: calls.append(1) or launch(*args))
     torch.compiler.reset()
     return calls
 
 
-def loss(z):
-    return lace_loss(z, CLASSES)
+def first(at):
+    z = at.leaf()
+    return torch.autograd.grad(at.loss(z), z)[0]
 
 
-def leaf(input=INPUT):
-    return input.detach().clone().requires_grad_()
+def second(at):
+    z = at.leaf()
+    (gradient,) = torch.autograd.grad(at.loss(z), z, create_graph=True)
+    return torch.autograd.grad(gradient, z, at.vector)[0]
 
 
-def gradient(loss_of, z=None):
-    z = leaf() if z is None else z
-    return torch.autograd.grad(loss_of(z), z)[0]
-
-
-def second(loss_of):
-    z = leaf()
-    (first,) = torch.autograd.grad(loss_of(z), z, create_graph=True)
-    return torch.autograd.grad(first, z, VECTOR)[0]
-
-
-def checkpointed(use_reentrant):
-    z = leaf()
-    checkpoint(loss, z, use_reentrant=use_reentrant).backward()
+def checkpointed(at, use_reentrant):
+    z = at.leaf()
+    checkpoint(at.loss, z, use_reentrant=use_reentrant).backward()
     return z.grad
 
 
-def no_grad(z):
+def no_grad(at):
     with torch.no_grad():
-        return loss(z)
+        return at.loss(at.leaf())
 
 
+def exported(at, strict):
+    return torch.export.export(LACELoss(), (at.input, at.classes), strict=strict).module()(at.input, at.classes)
+
+
+def hessian(at):
+    return torch.einsum("ijkl,kl->ij", torch.func.hessian(at.loss)(at.input), at.vector)
+
+
+def jvp(function, at):
+    return torch.func.jvp(function, (at.input,), (at.vector,))[1]
+
+
+# What is computed, and which of the problem's results it is.
 BY_KERNEL = {
-    "the loss": (lambda: loss(INPUT), LOSS),
-    "a parameter": (lambda: loss(torch.nn.Parameter(INPUT)), LOSS),
-    "no_grad": (lambda: no_grad(leaf()), LOSS),
-    "backward": (lambda: gradient(loss), GRADIENT),
-    "a second derivative": (lambda: second(loss), PRODUCT),
-    "checkpointing": (lambda: checkpointed(False), GRADIENT),
-    "reentrant checkpointing": (lambda: checkpointed(True), GRADIENT),
-    "jacobian": (lambda: torch.autograd.functional.jacobian(loss, INPUT), GRADIENT),
-    "hvp": (lambda: torch.autograd.functional.hvp(loss, INPUT, VECTOR)[1], PRODUCT),
-    "make_fx": (lambda: make_fx(loss)(INPUT)(INPUT), LOSS),
+    "the loss": (lambda at: at.loss(at.input), "value"),
+    "a parameter": (lambda at: at.loss(torch.nn.Parameter(at.input)), "value"),
+    "no_grad": (no_grad, "value"),
+    "backward": (first, "gradient"),
+    "a second derivative": (second, "product"),
+    "checkpointing": (lambda at: checkpointed(at, False), "gradient"),
+    "reentrant checkpointing": (lambda at: checkpointed(at, True), "gradient"),
+    "jacobian": (lambda at: torch.autograd.functional.jacobian(at.loss, at.input), "gradient"),
+    "hvp": (lambda at: torch.autograd.functional.hvp(at.loss, at.input, at.vector)[1], "product"),
+    "make_fx": (lambda at: make_fx(lambda z: at.loss(z))(at.input)(at.input), "value"),
 }
 BY_COMPOSITE = {
-    "func.grad": (lambda: torch.func.grad(loss)(INPUT), GRADIENT),
-    "jacrev": (lambda: torch.func.jacrev(loss)(INPUT), GRADIENT),
-    "jacfwd": (lambda: torch.func.jacfwd(loss)(INPUT), GRADIENT),
-    "vmap": (lambda: torch.func.vmap(lace_loss)(INPUT, CLASSES).mean(), LOSS),
-    "vmap of grad": (lambda: torch.func.vmap(torch.func.grad(lace_loss))(INPUT, CLASSES) / 4, GRADIENT),
-    "hessian": (
-        lambda: torch.einsum("ijkl,kl->ij", torch.func.hessian(loss)(INPUT), VECTOR),
-        PRODUCT,
-    ),
-    "jvp": (lambda: torch.func.jvp(loss, (INPUT,), (VECTOR,))[1], SLOPE),
-    "jvp of grad": (lambda: torch.func.jvp(torch.func.grad(loss), (INPUT,), (VECTOR,))[1], PRODUCT),
-    "export": (lambda: exported(strict=False)(INPUT, CLASSES), LOSS),
-    "strict export": (lambda: exported(strict=True)(INPUT, CLASSES), LOSS),
-    "jit.trace": (lambda: traced()(INPUT), LOSS),
+    "func.grad": (lambda at: torch.func.grad(at.loss)(at.input), "gradient"),
+    "jacrev": (lambda at: torch.func.jacrev(at.loss)(at.input), "gradient"),
+    "jacfwd": (lambda at: torch.func.jacfwd(at.loss)(at.input), "gradient"),
+    "vmap": (lambda at: torch.func.vmap(lace_loss)(at.input, at.classes).mean(), "value"),
+    "vmap of grad": (lambda at: torch.func.vmap(torch.func.grad(lace_loss))(at.input, at.classes) / 4, "gradient"),
+    "hessian": (hessian, "product"),
+    "jvp": (lambda at: jvp(at.loss, at), "slope"),
+    "jvp of grad": (lambda at: jvp(torch.func.grad(at.loss), at), "product"),
+    "export": (lambda at: exported(at, strict=False), "value"),
+    "strict export": (lambda at: exported(at, strict=True), "value"),
+    "jit.trace": (lambda at: torch.jit.trace(at.loss, at.input, check_trace=False)(at.input), "value"),
 }
 
 
-def exported(strict):
-    return torch.export.export(LACELoss(), (INPUT, CLASSES), strict=strict).module()
-
-
-def traced():
-    return torch.jit.trace(loss, INPUT, check_trace=False)
-
-
-@pytest.mark.parametrize(("compute", "expected"), BY_KERNEL.values(), ids=BY_KERNEL.keys())
-def test_the_kernel_serves(compute, expected, kernel_calls):
-    got = compute()
+@pytest.mark.parametrize(("compute", "result"), BY_KERNEL.values(), ids=BY_KERNEL.keys())
+def test_the_kernel_serves(compute, result, at, kernel_calls):
+    got = compute(at)
     assert kernel_calls
-    assert torch.allclose(got, expected, rtol=COMPOSITE["float64"], atol=COMPOSITE["float64"])
+    assert at.is_near(got, getattr(at, result))
 
 
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.trace` is deprecated",
     "ignore::torch.jit.TracerWarning",
 )
-@pytest.mark.parametrize(("compute", "expected"), BY_COMPOSITE.values(), ids=BY_COMPOSITE.keys())
-def test_the_composite_form_serves(compute, expected, kernel_calls):
-    got = compute()
+@pytest.mark.parametrize(("compute", "result"), BY_COMPOSITE.values(), ids=BY_COMPOSITE.keys())
+def test_the_composite_form_serves(compute, result, at, kernel_calls):
+    got = compute(at)
     assert not kernel_calls
-    assert torch.allclose(got, expected, rtol=COMPOSITE["float64"], atol=COMPOSITE["float64"])
+    assert at.is_near(got, getattr(at, result))
 
 
-def test_forward_mode_gives_a_tangent(kernel_calls):
+def test_forward_mode_gives_a_tangent(at, kernel_calls):
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(INPUT, VECTOR)
-        tangent = forward_ad.unpack_dual(loss(dual)).tangent
+        dual = forward_ad.make_dual(at.input, at.vector)
+        tangent = forward_ad.unpack_dual(at.loss(dual)).tangent
     assert not kernel_calls
-    assert torch.allclose(tangent, SLOPE, rtol=COMPOSITE["float64"])
+    assert at.is_near(tangent, at.slope)
     with forward_ad.dual_level():
-        weight = forward_ad.make_dual(WEIGHT, VECTOR[0])
-        tangent = forward_ad.unpack_dual(lace_loss(INPUT, CLASSES, weight, reduction="sum")).tangent
-    by_class = torch.tensor(ref.forward(INPUT, CLASSES, reduction="none"))
-    assert torch.allclose(tangent, (VECTOR[0][CLASSES] * by_class).sum(), rtol=COMPOSITE["float64"])
+        weight = forward_ad.make_dual(at.weight, at.vector[0])
+        tangent = forward_ad.unpack_dual(lace_loss(at.input, at.classes, weight, reduction="sum")).tangent
+    by_class = torch.tensor(ref.forward(at.input.cpu(), CLASSES, reduction="none"))
+    assert at.is_near(tangent, (at.vector[0].cpu()[CLASSES] * by_class).sum())
 
 
-def test_a_kernel_that_met_a_tangent_would_refuse_and_not_drop_it():
+def test_a_kernel_that_met_a_tangent_would_refuse_and_not_drop_it(at):
     with forward_ad.dual_level(), pytest.raises(NotImplementedError):
         options = (-100, "mean", 0.0, 1.0)
-        lace_torch._Kernel.apply(forward_ad.make_dual(leaf(), VECTOR), CLASSES, None, options, False, False)
+        lace_torch._Kernel.apply(forward_ad.make_dual(at.leaf(), at.vector), at.classes, None, options, False, False)
 
 
-def test_derivatives_with_respect_to_targets_and_weights_are_there(kernel_calls):
-    y, w = leaf(PROBABILITIES), leaf(WEIGHT)
-    assert torch.autograd.gradcheck(lambda y, w: lace_loss(INPUT, y, w, label_smoothing=0.1), (y, w))
-    assert torch.autograd.gradcheck(lambda w: lace_loss(INPUT, CLASSES, w), w)
+def test_derivatives_with_respect_to_targets_and_weights_are_there(device, kernel_calls):
+    at = Problem(device, torch.double)
+    y, w = at.probabilities.requires_grad_(), at.weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda y, w: lace_loss(at.input, y, w, label_smoothing=0.1), (y, w))
+    assert torch.autograd.gradcheck(lambda w: lace_loss(at.input, at.classes, w), w)
     assert not kernel_calls
 
 
-def test_the_kernel_serves_half_types_and_mixed_probabilities(kernel_calls):
+def test_the_kernel_serves_half_types_and_on_a_cpu_mixed_probabilities(at, kernel_calls):
+    on_gpu = lace_torch._on_gpu(at.input)
     for dtype in (torch.float16, torch.bfloat16):
-        for target in (CLASSES, PROBABILITIES.to(dtype), PROBABILITIES.float()):
-            lace_loss(leaf(INPUT.to(dtype)), target).backward()
-            assert kernel_calls
+        for target in (at.classes, at.probabilities.to(dtype), at.probabilities.float()):
+            lace_loss(at.input.to(dtype).requires_grad_(), target).backward()
+            assert bool(kernel_calls) == (target is at.classes or not on_gpu)
             kernel_calls.clear()
-    mixed = lace_loss(INPUT.float(), PROBABILITIES)
+    mixed = lace_loss(at.input.float(), at.probabilities.double())
     assert not kernel_calls
     assert mixed.dtype == torch.double
 
 
 @compile_options
-def test_compiled_backward_calls_the_kernel_in_one_graph(dynamic, kernel_calls):
-    z = leaf()
+def test_compiled_backward_calls_the_kernel_in_one_graph(dynamic, at, kernel_calls):
     compiled = torch.compile(LACELoss(), fullgraph=True, dynamic=dynamic)
     for n in (4, 3, 2):  # dynamic: the sizes are symbols
-        z = leaf(INPUT[:n])
-        compiled(z, CLASSES[:n]).backward()
-        expected = torch.tensor(ref.backward(INPUT[:n], CLASSES[:n]))
-        assert torch.allclose(z.grad, expected, rtol=COMPOSITE["float64"])
+        z = at.input[:n].clone().requires_grad_()
+        compiled(z, at.classes[:n]).backward()
+        assert at.is_near(z.grad, ref.backward(at.input[:n].cpu(), CLASSES[:n]))
     assert kernel_calls
 
 
 @compile_options
 @pytest.mark.parametrize("options", [{"normalizer": 3}, {"normalizer": torch.tensor(3.0)}, {"statistics": True}])
-def test_a_compiled_loss_takes_what_goes_beyond_torch(options, dynamic, kernel_calls):
+def test_a_compiled_loss_takes_what_goes_beyond_torch(options, dynamic, at, kernel_calls):
     def gradient_of(call, n):
-        z = leaf(INPUT[:n])
-        loss = call(z, CLASSES[:n], **options)
+        z = at.input[:n].clone().requires_grad_()
+        loss = call(z, at.classes[:n], **options)
         loss, found = loss if "statistics" in options else (loss, {})
         return [*torch.autograd.grad(loss, z), loss.detach(), *found.values()]
 
-    module = LACELoss(WEIGHT, label_smoothing=0.1)
+    module = LACELoss(at.weight, label_smoothing=0.1)
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for n in (4, 3, 2):
         for got, expected in zip(gradient_of(compiled, n), gradient_of(module, n), strict=True):
-            assert torch.allclose(got, expected, rtol=COMPOSITE["float64"])
+            assert at.is_near(got, expected)
     assert kernel_calls
 
 
 @compile_options
 @pytest.mark.parametrize("what", ["func.grad", "vmap of grad", "hessian", "jvp"])
-def test_compiled_transforms_agree_with_eager_ones(what, dynamic, kernel_calls):
+def test_compiled_transforms_agree_with_eager_ones(what, dynamic, at, kernel_calls):
     function, arguments = {
-        "func.grad": (torch.func.grad(lace_loss), (INPUT, CLASSES)),
-        "vmap of grad": (torch.func.vmap(torch.func.grad(lace_loss)), (INPUT, CLASSES)),
-        "hessian": (torch.func.hessian(lace_loss), (INPUT, CLASSES)),
-        "jvp": (lambda z, v: torch.func.jvp(loss, (z,), (v,))[1], (INPUT, VECTOR)),
+        "func.grad": (torch.func.grad(lace_loss), (at.input, at.classes)),
+        "vmap of grad": (torch.func.vmap(torch.func.grad(lace_loss)), (at.input, at.classes)),
+        "hessian": (torch.func.hessian(lace_loss), (at.input, at.classes)),
+        "jvp": (lambda z, v: torch.func.jvp(at.loss, (z,), (v,))[1], (at.input, at.vector)),
     }[what]
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    assert torch.allclose(compiled(*arguments), function(*arguments), rtol=COMPOSITE["float64"])
+    assert at.is_near(compiled(*arguments), function(*arguments))
     assert not kernel_calls
 
 
-def test_a_compiled_composite_takes_a_bad_class_for_nan_and_a_compiled_kernel_refuses_it():
-    bad = torch.tensor([0, 5, 1, 2])
-    with pytest.raises(IndexError, match=r"target\[1\] is 5, not a class: 0 to 4"):
-        torch.compile(lace_loss, fullgraph=True, backend="aot_eager")(leaf(), bad)
+def test_a_bad_class_is_nan_where_a_composite_or_on_a_gpu_is_compiled_and_refused_by_the_kernel_of_a_cpu(at):
+    bad = torch.tensor([0, 5, 1, 2], device=at.device)
+    compiled = torch.compile(lace_loss, fullgraph=True, backend="aot_eager")
+    z, spoilt = at.leaf(), [False, True, False, False]
+    if lace_torch._on_gpu(z):
+        assert torch.autograd.grad(compiled(z, bad), z)[0].isnan().any(1).tolist() == spoilt
+    else:
+        with pytest.raises(IndexError, match=r"target\[1\] is 5, not a class: 0 to 4"):
+            compiled(z, bad)
     per_sample = torch.compile(torch.func.vmap(torch.func.grad(lace_loss)), fullgraph=True, backend="aot_eager")
-    assert per_sample(INPUT, bad).isnan().any(1).tolist() == [False, True, False, False]
+    assert per_sample(at.input, bad).isnan().any(1).tolist() == spoilt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_registered_operation_passes_opcheck(dtype):
+    """On a CPU; those of a GPU are in test_gpu.py."""
     images = INPUT.reshape(1, 5, 2, 2)
     for input in (INPUT[0], INPUT, images, images.contiguous(memory_format=torch.channels_last)):
         z, samples = input.to(dtype), input.shape[: input.dim() > 1] + input.shape[2:]
@@ -223,17 +254,17 @@ def test_the_registered_operation_passes_opcheck(dtype):
                     torch.library.opcheck(lace_torch._registered, (z, target, WEIGHT.to(dtype), seed, *options))
 
 
-def test_the_registered_operation_by_itself_refuses_derivatives():
-    bare, *_ = lace_torch._registered(leaf(), CLASSES, None, None, False, -100, "mean", 0.0, 1.0, False)
+def test_the_registered_operation_by_itself_refuses_derivatives(at):
+    bare, *_ = lace_torch._registered(at.leaf(), at.classes, None, None, False, -100, "mean", 0.0, 1.0, False)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         bare.backward()
 
 
-@pytest.mark.parametrize("target", [CLASSES, PROBABILITIES], ids=["classes", "probabilities"])
-def test_meta_and_fake_tensors_have_the_shape_and_dtype_of_the_real_result(target):
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_meta_and_fake_tensors_have_the_shape_and_dtype_of_the_real_result(kind, at):
     fake_mode = torch._subclasses.FakeTensorMode()
     for dtype, reduction in product((torch.float64, torch.float32, torch.bfloat16), ("none", "mean")):
-        real = (INPUT.to(dtype), target if target is CLASSES else target.to(dtype))
+        real = (at.input.to(dtype), at.classes if kind == "classes" else at.probabilities.to(dtype))
         loss = lace_loss(*real, reduction=reduction)
         for convert, mode in ((lambda x: x.to("meta"), nullcontext()), (fake_mode.from_tensor, fake_mode)):
             z, y = map(convert, real)
@@ -244,7 +275,7 @@ def test_meta_and_fake_tensors_have_the_shape_and_dtype_of_the_real_result(targe
             assert (gradient.shape, gradient.dtype) == (z.shape, dtype)
 
 
-def test_a_subclass_of_tensor_keeps_its_class_and_may_take_the_call_over():
+def test_a_subclass_of_tensor_keeps_its_class_and_may_take_the_call_over(at):
     class Named(torch.Tensor):
         pass
 
@@ -257,8 +288,8 @@ def test_a_subclass_of_tensor_keeps_its_class_and_may_take_the_call_over():
                 else super().__torch_function__(function, types, args, kwargs)
             )
 
-    assert type(lace_loss(INPUT.as_subclass(Named), CLASSES)) is Named
-    assert lace_loss(INPUT.as_subclass(Greedy), CLASSES) == "lace_loss"
-    value, statistics = lace_loss(INPUT.as_subclass(Named), CLASSES, statistics=True)
-    assert torch.allclose(value, LOSS)
+    assert type(at.loss(at.input.as_subclass(Named))) is Named
+    assert at.loss(at.input.as_subclass(Greedy)) == "lace_loss"
+    value, statistics = lace_loss(at.input.as_subclass(Named), at.classes, statistics=True)
+    assert at.is_near(value.as_subclass(torch.Tensor), at.value)
     assert statistics["rank"].shape == (4,)

@@ -143,7 +143,11 @@ IN_TORCH = {
 
 
 @pytest.mark.parametrize(("input", "target", "options"), IN_TORCH.values(), ids=IN_TORCH.keys())
-def test_torch_refuses_what_cross_entropy_refuses_and_by_the_same_type(input, target, options):
+def test_torch_refuses_what_cross_entropy_refuses_and_by_the_same_type(input, target, options, device, request):
+    if "cuda" in (name := request.node.callspec.id) and "a class too large" in name:
+        pytest.skip("NaN on a GPU, where cross_entropy's assertion would end the CUDA context")
+    input, target = (x.to(device) if isinstance(x, torch.Tensor) else x for x in (input, target))
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     with pytest.raises(Exception) as by_torch:
         torch.nn.functional.cross_entropy(input, target, **options)
     with pytest.raises(by_torch.type):

@@ -6,7 +6,8 @@ Prints, and writes to results/<device>.md beside this file, for each shape and f
 time on a cold cache, GB/s, its share of the copy bandwidth measured here, the others' times over LACELoss's in the same
 round, and peak memory. The bytes are the same for everybody: the logits once forward, twice backward (read, written),
 three times both; twice "at once", with the gradient formed in the forward pass. Times are the device's own. (100, 100)
-is measured as calls by the wall clock and as a CUDA graph. Exit status: 2 without a GPU, 1 if a kernel is wrong.
+is measured as calls by the wall clock and as a CUDA graph. To end within 5 minutes, shapes after the first 150 s go
+without what torch.compile would have to compile for them. Exit status: 2 without a GPU, 1 if a kernel is wrong.
 """
 
 import argparse
@@ -37,6 +38,7 @@ SHAPES = [
 PASSES = {"forward": 1, "backward": 2, "both": 3}  # and how often the logits' bytes are moved at least
 SMALL = "100x100:float32"
 ROUNDS = 7
+COMPILING = 150  # seconds; the kernels that the check takes are compiled for a hundred more
 
 
 def focal(input, target):
@@ -54,6 +56,7 @@ def losses(compiled):
     }
     if compiled:
         torch.compiler.reset()
+        torch._functorch.config.donated_buffer = False  # or a graph that is retained is refused
         found["cross_entropy compiled"] = torch.compile(F.cross_entropy, fullgraph=True, dynamic=False)
         found["focal compiled"] = torch.compile(focal, fullgraph=True, dynamic=False)
     with contextlib.suppress(ImportError):
@@ -110,7 +113,7 @@ class Timer:
             function()
             return time.perf_counter() - start
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(200_000)  # longer than Python takes to queue a call, which is not measured here
+        torch.cuda._sleep(2_000_000)  # about 1 ms, longer than Python takes to queue a call: that is not measured here
         start.record()
         function()
         end.record()
@@ -148,48 +151,58 @@ def peak(step, input, device):
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def measured(shapes, device, compiled, rounds, timer, out):
-    """Write the rows of the table."""
+def measured(shapes, device, until, rounds, timer, out):
+    """Write the rows of the table; `until` that time with what torch.compile makes of the others."""
     bandwidth = copy_bandwidth(device, timer)
-    names = list(losses(compiled))
+    names = list(losses(time.monotonic() < until))
     print(f"Copy: {bandwidth / 1e9:.4g} GB/s, read and written.\n", file=out)
-    others = names[1:]
-    header = ["shape", "pass", "us", "GB/s", "of copy", *others]
+    header = ["shape", "pass", "us", "GB/s", "of copy", *names[1:]]
     print(line(header), line(["---"] * len(header)), sep="\n", file=out)
     memory = []
     for shape in shapes:
-        input, target = problem(shape, device)
-        size = input.numel() * input.element_size()
-        found = {}
-        for name, loss in losses(compiled).items():
-            if name == "Liger":
-                if input.dim() != 2:
-                    continue
-                # It writes the gradient over its logits: on a copy, both passes only, on values that then change.
-                own = input.detach().clone().requires_grad_()
-                found[name] = {"both": functools.partial(forward_backward, loss, own, target)}
-            else:
-                found[name] = steps(loss, input, target)
-        for name, touches in PASSES.items():
-            functions = {loss: passes[name] for loss, passes in found.items() if name in passes}
-            if name != "both":
-                del functions["at once"]
-            seconds, ratios = in_turn(functions, timer, rounds)
-            rows = [("LACELoss", touches)] + ([("at once", 2)] if name == "both" else [])
-            for loss, moved in rows:
-                rate = moved * size / seconds[loss]
-                cells = [shape, name if loss == "LACELoss" else "both, at once"]
-                cells += [f"{1e6 * seconds[loss]:.1f}", f"{rate / 1e9:.3g}", f"{100 * rate / bandwidth:.0f} %"]
-                cells += [f"{ratios[n] / ratios[loss]:.2f}" if n in ratios else "-" for n in others]
-                print(line(cells), file=out, flush=True)
-        if timer.on_gpu:
-            bytes_ = {loss: peak(passes["both"], input, device) for loss, passes in found.items() if loss != "Liger"}
-            memory.append([shape, *(f"{bytes_.get(n, 0) / 2**20:.0f}" for n in names if n != "Liger")])
-        del input, target, found, functions
-    if memory:
+        try:
+            of_shape = measured_shape(shape, names, device, time.monotonic() < until, rounds, timer, bandwidth, out)
+        except torch.OutOfMemoryError:
+            print(line([shape, "out of memory", *["-"] * (len(header) - 2)]), file=out, flush=True)
+        else:
+            memory.append([shape, *(f"{of_shape[n] / 2**20:.0f}" if n in of_shape else "-" for n in names)])
+    if timer.on_gpu:
         print("\nPeak memory of both passes beyond the logits, MiB:\n", file=out)
-        header = ["shape", *(n for n in names if n != "Liger")]
+        header = ["shape", *names]
         print(line(header), line(["---"] * len(header)), *map(line, memory), sep="\n", file=out)
+
+
+def measured_shape(shape, names, device, compiled, rounds, timer, bandwidth, out):
+    """Write the rows of one shape; {loss: bytes it needs at most} on a GPU."""
+    input, target = problem(shape, device)
+    size = input.numel() * input.element_size()
+    found = {}
+    for name, loss in losses(compiled).items():
+        if name == "Liger":
+            if input.dim() != 2:
+                continue
+            # It writes the gradient over its logits: on a copy, both passes only, on values that then change.
+            own = input.detach().clone().requires_grad_()
+            found[name] = {"both": functools.partial(forward_backward, loss, own, target)}
+        else:
+            found[name] = steps(loss, input, target)
+    for name, touches in PASSES.items():
+        functions = {loss: passes[name] for loss, passes in found.items() if name in passes}
+        if name != "both":
+            del functions["at once"]
+        seconds, ratios = in_turn(functions, timer, rounds)
+        rows = [("LACELoss", touches)] + ([("at once", 2)] if name == "both" else [])
+        for loss, moved in rows:
+            rate = moved * size / seconds[loss]
+            cells = [shape, name if loss == "LACELoss" else "both, at once"]
+            cells += [f"{1e6 * seconds[loss]:.1f}", f"{rate / 1e9:.3g}", f"{100 * rate / bandwidth:.0f} %"]
+            cells += [f"{ratios[n] / ratios[loss]:.2f}" if n in ratios else "-" for n in names[1:]]
+            print(line(cells), file=out, flush=True)
+    if not timer.on_gpu:
+        return {}
+    steps_ = {loss: passes["both"] for loss, passes in found.items()}
+    found.clear()  # and the graphs that were retained
+    return {loss: peak(step, input, device) for loss, step in steps_.items()}
 
 
 def forward_backward(loss, input, target):
@@ -207,6 +220,7 @@ def small(device, compiled, rounds, out):
             continue
         step = steps(loss, input, target)["both"]
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 step()
@@ -255,7 +269,8 @@ def main(arguments):
     name = torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}, Triton {triton.__version__}"
     print(f"# {name}\n\n`python tests/benchmarks/gpu.py`, {versions}. Times of others over LACELoss's.", file=out)
-    measured(args.shapes, device, not args.skip_compiled, args.rounds, Timer(device), out)
+    until = 0 if args.skip_compiled else time.monotonic() + COMPILING
+    measured(args.shapes, device, until, args.rounds, Timer(device), out)
     small(device, not args.skip_compiled, args.rounds, out)
     checked = io.StringIO()
     with contextlib.redirect_stdout(checked):
