@@ -24,8 +24,8 @@
 #define ONE_BITS UINT32_C(0x3f800000)
 #define SQRT_HALF_BITS UINT32_C(0x3f3504f3)
 #define HIGH_HALF UINT32_C(0xfffff000)
-#define ROUNDER 12582912.0f           /* 1.5 * 2^23: adding it rounds to an integer, held in the low bits */
-#define SMALLEST_EXPONENT (-104.0f)   /* e^x < 2^-150 below */
+#define ROUNDER 12583103.0f           /* 1.5 * 2^23 + BIAS + RAISED: adding it rounds to an integer, held in the low bits */
+#define SMALLEST (ROUNDER - 168)      /* 2^18 exponentials below are less than 2^-150 */
 #define RAISED 64                     /* exponentials are formed 2^64 too large, clear of subnormal numbers */
 #define LOWER 5.421010862427522e-20f  /* 2^-64 */
 #define LOG2E 1.442695f
@@ -42,8 +42,8 @@
 #define ONE_BITS UINT64_C(0x3ff0000000000000)
 #define SQRT_HALF_BITS UINT64_C(0x3fe6a09e667f3bcd)
 #define HIGH_HALF UINT64_C(0xfffffffff8000000)
-#define ROUNDER 6755399441055744.0
-#define SMALLEST_EXPONENT (-746.0)
+#define ROUNDER 6755399441056895.0
+#define SMALLEST (ROUNDER - 1093)
 #define RAISED 128
 #define LOWER 2.938735877055719e-39
 #define LOG2E 1.4426950408889634
@@ -68,6 +68,8 @@
 #define pair_product NAME(pair_product)
 #define pair_quotient NAME(pair_quotient)
 #define horner NAME(horner)
+#define reduce NAME(reduce)
+#define raise NAME(raise)
 #define exponential NAME(exponential)
 #define log_1_plus NAME(log_1_plus)
 
@@ -143,20 +145,30 @@ static inline REAL horner(const REAL *c, int n, REAL x)
     return y;
 }
 
-/* 2^RAISED exp(z - m) for z <= m; 0 for -inf, NaN for NaN and for inf - inf. */
-static inline REAL exponential(REAL z, REAL m)
+/* d = r + n log 2 with |r| < 0.35 takes its place: r comes back as a pair, n as the last bits of what is returned. */
+static inline REAL reduce(Pair *d)
+{
+    REAL shifted = d->high * LOG2E + ROUNDER, n = shifted - ROUNDER;
+    d->high -= n * LN2_HIGH; /* exact */
+    d->low -= n * LN2_LOW;
+    return shifted;
+}
+
+/* 2^RAISED exp(d) from what `reduce` makes of it; 0 from -inf, NaN from NaN. */
+static inline REAL raise(Pair r, REAL shifted)
 {
     static const REAL c[] = EXP;
-    Pair d = two_sum(z, -m);
-    REAL shifted = d.high * LOG2E + ROUNDER;
-    REAL n = shifted - ROUNDER;
-    REAL r1 = d.high - n * LN2_HIGH; /* exact */
-    REAL r0 = d.low - n * LN2_LOW;
-    REAL r = r1 + r0, one_r = 1 + r;
-    r0 = ((r1 - r) + r0) + (r - (one_r - 1)); /* what r and 1 + r have lost */
-    REAL y = one_r + (r0 + r * r * horner(c, sizeof c / sizeof *c, r));
-    BITS power = (bits_of(shifted) + (BITS)(BIAS + RAISED)) << MANTISSA; /* what else ROUNDER holds is shifted out */
-    return d.high < SMALLEST_EXPONENT ? 0 : y * from_bits(power);
+    REAL x = r.high + r.low, p = x * x * horner(c, sizeof c / sizeof *c, x);
+    REAL one_r = 1 + r.high;
+    REAL y = one_r + ((r.high - (one_r - 1)) + (r.low + p)); /* with what 1 + r has lost */
+    return shifted < SMALLEST ? 0 : y * from_bits(bits_of(shifted) << MANTISSA); /* what else it holds is shifted out */
+}
+
+/* 2^RAISED exp(d); 0 for -inf, NaN for NaN. */
+static inline REAL exponential(Pair d)
+{
+    REAL shifted = reduce(&d);
+    return raise(d, shifted);
 }
 
 /* to = log(1 + x) for x >= 0, good to about 2^-28 (float) or 2^-58 (double) of itself. */
@@ -166,14 +178,16 @@ static inline void log_1_plus(Pair *to, const Pair *x)
     REAL u = 1 + x->high;
     SIGNED k = (SIGNED)((bits_of(u) + (ONE_BITS - SQRT_HALF_BITS)) >> MANTISSA) - BIAS; /* u / 2^k in sqrt 1/2 .. sqrt 2 */
     REAL down = from_bits((BITS)(BIAS - k) << MANTISSA), n = (REAL)k;
-    Pair s = two_sum(down - 1, down * x->high), f = {2, 0};
+    Pair s = two_sum(down - 1, down * x->high);
     s.low += down * x->low;
-    pair_sum(&f, &f, &s);
-    pair_quotient(&s, &s, &f);
+    to->high = 2;
+    to->low = 0;
+    pair_sum(to, to, &s);
+    pair_quotient(&s, &s, to);
     REAL s2 = s.high * s.high;
-    f.high = 2 * s.high;
-    f.low = 2 * s.low + s.high * s2 * horner(c, sizeof c / sizeof *c, s2);
+    to->high = 2 * s.high;
+    to->low = 2 * s.low + s.high * s2 * horner(c, sizeof c / sizeof *c, s2);
     s.high = n * LN2_HIGH;
     s.low = n * LN2_LOW;
-    pair_sum(to, &s, &f);
+    pair_sum(to, &s, to);
 }

@@ -17,40 +17,39 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
     const float z = logits[target];
     float max = logits[0], high = 0, low = 0;
     size_t rank = 0;
-    Pair own = {0, 0}, small = {0, 0}; /* exp(z - max), and the same unless it is the largest term */
+    Pair K = {0, 0}; /* at first exp(z - max) */
     for (size_t j = 0; j < k; j++)
         if (logits[j] > max) max = logits[j];
     for (size_t j = 0; j < k; j++) {
-        float e = exponential(logits[j], max);
+        Pair s = two_sum(logits[j], -max);
+        const float e = exponential(s);
         if (gradient) gradient[j] = e * LOWER;
         if (j == target) {
-            own.high = e * LOWER;
+            K.high = e * LOWER;
         } else {
             if (!(logits[j] < z) && (j < target || logits[j] != z)) rank++; /* NaN counts as larger */
-            Pair s = two_sum(high, e);
+            s = two_sum(high, e);
             high = s.high;
             low += s.low;
         }
     }
 
-    Pair others = two_sum(high * LOWER, low * LOWER), rest, inverse, n, p, K;
-    rest.high = others.high; /* apart: a copy of the pair would call memcpy on a Cortex-M0 */
-    rest.low = others.low;
-    float largest = max - max; /* NaN beside +inf */
-    if (z < max) {
-        largest += 1;
-        small.high = own.high;
+    Pair others = two_sum(high * LOWER, low * LOWER), p, inverse, n;
+    p.high = others.high; /* apart: a copy of the pair would call memcpy on a Cortex-M0 */
+    p.low = others.low;
+    p.high -= max - max; /* NaN beside +inf */
+    if (z < max) { /* without the largest term, which is exactly 1 */
+        p.high -= 1;
+        pair_sum(&p, &p, &K);
     }
-    rest.high -= largest;
-    pair_sum(&rest, &rest, &small);
-    log_1_plus(&n, &rest);
-    pair_sum(&rest, &rest, &one);
-    pair_quotient(&inverse, &one, &rest);
-    rest = two_sum(max, -z);
-    pair_sum(&n, &rest, &n);                 /* n = -log q */
+    log_1_plus(&n, &p);
+    pair_sum(&p, &p, &one);
+    pair_quotient(&inverse, &one, &p);
+    p = two_sum(max, -z);
+    pair_sum(&n, &p, &n);                    /* n = -log q */
     pair_product(&p, &others, &inverse);     /* p = 1 - q */
-    pair_product(&own, &own, &inverse);      /* q */
-    pair_product(&K, &own, &n);
+    pair_product(&K, &K, &inverse);          /* q */
+    pair_product(&K, &K, &n);
     float l = pair_product(&others, &p, &n); /* the loss */
     if (n.high > FLT_MAX) {
         l = n.high;
@@ -59,7 +58,7 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
     if (loss) *loss = l;
     pair_sum(&K, &K, &p);
     if (gradient) {
-        const float factor = pair_product(&own, &K, &inverse);
+        const float factor = pair_product(&inverse, &K, &inverse);
         for (size_t j = 0; j < k; j++) gradient[j] *= factor;
         gradient[target] = -pair_product(&K, &K, &p);
     }

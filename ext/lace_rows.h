@@ -6,12 +6,14 @@
  *    It is kept 2^RAISED too large until it is summed: terms that underflow one by one may add up to much.
  * b) The sum leaves one class out, by index: the target's, or in rows with a target for every class the largest
  *    logit's. So 1 - q is a quotient of sums of non-negative terms, never a difference.
- * c) Sums run in CHUNK fixed lanes and keep every rounding error: exact enough at any k, the same bits at any vector width.
+ * c) Sums run in fixed lanes, of float in double, of double with every rounding error kept: exact enough at any k, the same
+ *    bits at any vector width.
  * d) What remains of a row is a dozen operations on pairs (high, low): seven plain roundings in a row would cost 7 ulp.
  *    They take as long as 300 exponentials, but not for BATCH rows side by side.
  */
-#define CHUNK ((size_t)64)
+#define CHUNK ((size_t)256) /* a multiple of LANES */
 #define BATCH ((size_t)32)
+#define TILE ((size_t)64)
 #define Lanes NAME(Lanes)
 #define Pairs NAME(Pairs)
 #define Rows NAME(Rows)
@@ -29,9 +31,10 @@
 #define hard_formulas NAME(hard_formulas)
 #define weigh NAME(weigh)
 #define hard_columns NAME(hard_columns)
+#define difference NAME(difference)
 #define exponentials NAME(exponentials)
+#define add_to_lanes NAME(add_to_lanes)
 #define accumulate NAME(accumulate)
-#define half_of NAME(half_of)
 #define total NAME(total)
 #define maximum NAME(maximum)
 #define sum_exponentials NAME(sum_exponentials)
@@ -75,9 +78,31 @@ static inline REAL weighted(REAL a, REAL f)
     return a == 0 && f == f && !finite(f) ? 0 : a * f;
 }
 
-static void exponentials(REAL *restrict e, const REAL *restrict z, REAL m, size_t count)
+/* two_sum(z, -m) for z <= m, of which the lesser of z and -m has the larger amount: 5 operations instead of 6. */
+static inline Pair difference(REAL z, REAL m)
 {
-    for (size_t i = 0; i < count; i++) e[i] = exponential(z[i], m);
+    REAL larger = z < -m ? z : -m, smaller = z < -m ? -m : z;
+    Pair d = {z - m, 0};
+    d.low = smaller - (d.high - larger);
+    return d;
+}
+
+/* Of at most CHUNK. In two loops: a processor holds fewer operations in flight than one exponential has, one after another,
+ * and works on more of the shorter chains side by side: for 15 % more instructions 4 to 8 % less of the kernel's time on a
+ * Zen 3. */
+static void exponentials(REAL *restrict e, const REAL *restrict z, REAL max, size_t count)
+{
+    REAL high[CHUNK], low[CHUNK], shifted[CHUNK];
+    for (size_t i = 0; i < count; i++) {
+        Pair d = difference(z[i], max);
+        shifted[i] = reduce(&d);
+        high[i] = d.high;
+        low[i] = d.low;
+    }
+    for (size_t i = 0; i < count; i++) {
+        const Pair r = {high[i], low[i]};
+        e[i] = raise(r, shifted[i]);
+    }
 }
 
 /* A zero of which no compiler knows: to fill memory with one that it knows it calls memset, which may not be there. */
@@ -87,58 +112,81 @@ static inline REAL zero(void)
     return x;
 }
 
-typedef struct { REAL high[CHUNK], low[CHUNK]; } Lanes; /* term j goes to lane j modulo CHUNK */
+/* Sums in which term j goes to lane j modulo LANES. */
+#if DIGITS == 24
+#define LANES ((size_t)16)
+typedef struct { double sum[LANES]; } Lanes; /* exact enough, in 0.6 of the time that pairs take */
 
-static inline void clear(Lanes *sum)
+static inline void clear(Lanes *lanes)
+{
+    const double nothing = (double)zero();
+    for (size_t l = 0; l < LANES; l++) lanes->sum[l] = nothing;
+}
+
+static inline void add_to_lanes(Lanes *restrict lanes, const REAL *restrict e, size_t count)
+{
+    for (size_t l = 0; l < count; l++) lanes->sum[l] += (double)e[l];
+}
+
+static inline Pair total(Lanes *lanes)
+{
+    for (size_t half = LANES / 2; half > 0; half /= 2)
+        for (size_t l = 0; l < half; l++) lanes->sum[l] += lanes->sum[l + half];
+    Pair all = {(REAL)lanes->sum[0], 0};
+    if (finite(all.high)) all.low = (REAL)(lanes->sum[0] - (double)all.high);
+    return all;
+}
+#else
+#define LANES ((size_t)32)
+typedef struct { REAL high[LANES], low[LANES]; } Lanes; /* low: every rounding error of high */
+
+static inline void clear(Lanes *lanes)
 {
     const REAL nothing = zero();
-    for (size_t l = 0; l < CHUNK; l++) sum->high[l] = sum->low[l] = nothing;
+    for (size_t l = 0; l < LANES; l++) lanes->high[l] = lanes->low[l] = nothing;
 }
 
-/* Half of the lanes that k terms reach, rounded up to a power of two; 0 if that is one lane. */
-static inline size_t half_of(size_t k)
-{
-    size_t half = CHUNK / 2;
-    while (half >= k && half > 0) half /= 2;
-    return half;
-}
-
-/* sum[l] += e[l] with every rounding error kept */
-static inline void accumulate(Lanes *restrict sum, const REAL *restrict e, size_t count)
+static inline void add_to_lanes(Lanes *restrict lanes, const REAL *restrict e, size_t count)
 {
     for (size_t l = 0; l < count; l++) {
-        Pair s = two_sum(sum->high[l], e[l]);
-        sum->high[l] = s.high;
-        sum->low[l] += s.low;
+        Pair s = two_sum(lanes->high[l], e[l]);
+        lanes->high[l] = s.high;
+        lanes->low[l] += s.low;
     }
 }
 
-/* The sum of the lanes that k terms have reached. */
-static inline Pair total(Lanes *sum, size_t k)
+static inline Pair total(Lanes *lanes)
 {
-    for (size_t half = half_of(k); half > 0; half /= 2)
+    for (size_t half = LANES / 2; half > 0; half /= 2)
         for (size_t l = 0; l < half; l++) {
-            Pair s = two_sum(sum->high[l], sum->high[l + half]);
-            sum->high[l] = s.high;
-            sum->low[l] += sum->low[l + half] + s.low;
+            Pair s = two_sum(lanes->high[l], lanes->high[l + half]);
+            lanes->high[l] = s.high;
+            lanes->low[l] += lanes->low[l + half] + s.low;
         }
-    Pair all = two_sum(sum->high[0], sum->low[0]);
-    if (!finite(sum->high[0])) all.high = sum->high[0], all.low = 0; /* beside an infinity a low part is NaN */
+    Pair all = two_sum(lanes->high[0], lanes->low[0]);
+    if (!finite(lanes->high[0])) all.high = lanes->high[0], all.low = 0; /* beside an infinity a low part is NaN */
     return all;
+}
+#endif
+
+/* `count` more terms, after a multiple of LANES. */
+static inline void accumulate(Lanes *restrict lanes, const REAL *restrict e, size_t count)
+{
+    size_t j = 0;
+    for (; j + LANES <= count; j += LANES) add_to_lanes(lanes, e + j, LANES);
+    add_to_lanes(lanes, e + j, count - j);
 }
 
 static REAL maximum(const REAL *z, size_t k)
 {
-    const size_t half = half_of(k), first = k < CHUNK ? k : CHUNK;
-    REAL max[CHUNK];
-    for (size_t l = 0; l < first; l++) max[l] = z[l] > z[0] ? z[l] : z[0]; /* a plain copy would call memcpy */
-    for (size_t l = first; l < 2 * half; l++) max[l] = z[0];
-    for (size_t j = CHUNK; j < k; j += CHUNK) {
-        const size_t count = k - j < CHUNK ? k - j : CHUNK;
-        for (size_t l = 0; l < count; l++) max[l] = z[j + l] > max[l] ? z[j + l] : max[l];
-    }
-    for (size_t h = half; h > 0; h /= 2)
-        for (size_t l = 0; l < h; l++) max[l] = max[l + h] > max[l] ? max[l + h] : max[l];
+    REAL max[2 * LANES];
+    size_t j = 0;
+    for (size_t l = 0; l < 2 * LANES; l++) max[l] = z[0];
+    for (; j + 2 * LANES <= k; j += 2 * LANES)
+        for (size_t l = 0; l < 2 * LANES; l++) max[l] = z[j + l] > max[l] ? z[j + l] : max[l];
+    for (size_t l = 0; l < k - j; l++) max[l] = z[j + l] > max[l] ? z[j + l] : max[l];
+    for (size_t half = LANES; half > 0; half /= 2)
+        for (size_t l = 0; l < half; l++) max[l] = max[l + half] > max[l] ? max[l + half] : max[l];
     return max[0];
 }
 
@@ -181,7 +229,7 @@ static void sum_exponentials(Rows *rows, size_t r, REAL *e, const REAL *z, size_
         }
         accumulate(&lanes, block, count);
     }
-    Pair others = total(&lanes, k);
+    Pair others = total(&lanes);
     others.high *= LOWER;
     others.low *= LOWER;
     set(&rows->others, r, others);
@@ -213,7 +261,7 @@ static void describe(const STATISTICS *to, size_t i, const Rows *rows, size_t r,
                      size_t t)
 {
     int64_t rank = 0;
-    Pair e_t = {exponential(z[t], rows->max[r]) * LOWER, 0};
+    Pair e_t = {exponential(difference(z[t], rows->max[r])) * LOWER, 0};
     for (size_t j = 0; j < t; j++) rank += !(z[j] < z[t]); /* NaN counts as larger */
     for (size_t j = t + 1; j < k; j++) rank += !(z[j] <= z[t]);
     to->cross_entropy[i] = rounded(negative_log(rows, r, z[t]));
@@ -281,12 +329,12 @@ static void hard_rows(Rows *rows, const Job *job, const size_t *index, size_t co
 }
 
 /* The same for columns i to i + count - 1, whose classes are `stride` values apart: they are worked on class by class, up
- * to CHUNK classes in a tile of their own, because planes of 2^n values share their places in a cache. */
+ * to TILE classes in a tile of their own, because planes of 2^n values share their places in a cache. */
 static void hard_columns(Rows *rows, const Job *job, size_t i, size_t count, size_t stride)
 {
     const size_t k = job->k;
-    REAL tile[CHUNK * BATCH], *gradient = job->gradient ? job->gradient + i : NULL;
-    const int fits = k <= CHUNK;
+    REAL tile[TILE * BATCH], *gradient = job->gradient ? job->gradient + i : NULL;
+    const int fits = k <= TILE;
     const REAL *z = job->logits + i;
     REAL *e = fits || !gradient ? tile : gradient;
     const size_t z_step = fits ? BATCH : stride, e_step = fits ? BATCH : gradient ? stride : 0;
@@ -311,7 +359,7 @@ static void hard_columns(Rows *rows, const Job *job, size_t i, size_t count, siz
     for (size_t j = 0; j < k; j++)
         for (size_t r = 0; r < count; r++) {
             const int mine = t[r] == (BITS)j;
-            REAL logit = z[j * z_step + r], value = exponential(logit, rows->max[r]);
+            REAL logit = z[j * z_step + r], value = exponential(difference(logit, rows->max[r]));
             rows->own[r] = mine ? value * LOWER : rows->own[r];
             rows->z[r] = mine ? logit : rows->z[r];
             value = mine ? 0 : value;
@@ -393,8 +441,8 @@ static void soft_rows(Rows *rows, const Job *job, const size_t *index, size_t co
             accumulate(&losses, x.af, part);
             accumulate(&slopes, x.ak, part);
         }
-        job->loss[i] = rounded(total(&losses, k));
-        const Pair all = total(&slopes, k); /* a pair, for what is left without a class that has nearly all */
+        job->loss[i] = rounded(total(&losses));
+        const Pair all = total(&slopes); /* a pair, for what is left without a class that has nearly all */
         for (size_t j = 0; row && j < k; j += CHUNK) {
             const size_t part = k - j < CHUNK ? k - j : CHUNK;
             class_terms(&x, rows, r, z, j, part, &y);
@@ -470,8 +518,8 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 {
     Lanes lanes;
     clear(&lanes);
-    for (size_t j = 0; j < n; j += CHUNK) accumulate(&lanes, values + j, n - j < CHUNK ? n - j : CHUNK);
-    Pair all = total(&lanes, n);
+    accumulate(&lanes, values, n);
+    Pair all = total(&lanes);
     sum[0] = all.high;
     sum[1] = all.low;
 }
@@ -490,7 +538,7 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 #undef SQRT_HALF_BITS
 #undef HIGH_HALF
 #undef ROUNDER
-#undef SMALLEST_EXPONENT
+#undef SMALLEST
 #undef RAISED
 #undef LOWER
 #undef LOG2E
@@ -508,10 +556,14 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 #undef pair_product
 #undef pair_quotient
 #undef horner
+#undef reduce
+#undef raise
 #undef exponential
 #undef log_1_plus
 #undef CHUNK
 #undef BATCH
+#undef LANES
+#undef TILE
 #undef Lanes
 #undef Pairs
 #undef Rows
@@ -530,8 +582,9 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 #undef weigh
 #undef hard_columns
 #undef exponentials
+#undef difference
+#undef add_to_lanes
 #undef accumulate
-#undef half_of
 #undef total
 #undef maximum
 #undef sum_exponentials
