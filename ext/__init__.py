@@ -21,8 +21,8 @@ Array = NDArray[Any]
 
 _DTYPES = (np.dtype(np.float32), _FLOAT64 := np.dtype(np.float64))
 
-# Starting two threads takes about as long as the kernel needs for so many logits.
-_LOGITS_WORTH_A_THREAD = 1 << 16
+# A second thread must be worth waking, the more where other threads still spin for work: for 256,000 logits it is not.
+_LOGITS_WORTH_A_THREAD = 1 << 17
 
 # What is evaluated at a time: in float32 4 MiB, which stay in a cache between being read or converted and being used.
 _LOGITS_IN_A_BLOCK = 1 << 20
