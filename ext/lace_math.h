@@ -171,7 +171,7 @@ static inline REAL exponential(Pair d)
     return raise(d, shifted);
 }
 
-/* to = log(1 + x) for x >= 0, good to about 2^-28 (float) or 2^-58 (double) of itself. */
+/* to = log(1 + x) for x >= 0, good to about 2^-28 (float) or 2^-58 (double) of itself. `to` may be `x`. */
 static inline void log_1_plus(Pair *to, const Pair *x)
 {
     static const REAL c[] = LOG;

@@ -35,7 +35,8 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
     }
 
     Pair others = two_sum(high * LOWER, low * LOWER), p, inverse, n;
-    p.high = others.high; /* apart: a copy of the pair would call memcpy on a Cortex-M0 */
+    /* p holds other sums first, as K held e_t: fewer pairs, less stack. Set apart: a copy would call memcpy on a Cortex-M0. */
+    p.high = others.high;
     p.low = others.low;
     p.high -= max - max; /* NaN beside +inf */
     if (z < max) { /* without the largest term, which is exactly 1 */

@@ -340,20 +340,7 @@ def test_runs_by_graphs_are_those_of_eager_steps_also_when_stopped_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
     """Three runs a loss, two side by side: the last begins in the place of one that is done."""
-    common = [
-        "--device",
-        "cuda",
-        "--loss",
-        loss,
-        "--seeds",
-        "0-2",
-        "--subset",
-        "1000",
-        "--epochs",
-        "4",
-        "--width",
-        "16",
-    ]
+    common = f"--device cuda --loss {loss} --seeds 0-2 --subset 1000 --epochs 4 --width 16".split()
     graphs = ["--mode", "graph", "--replicas", "2"]
     assert main([*common, "--mode", "eager", "--out", str(tmp_path / "eager")]) == 0
     assert main([*common, *graphs, "--out", str(tmp_path / "graph")]) == 0

@@ -120,11 +120,12 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     name = Path(args.data).resolve().name
     configs = [Config(name, loss, seed, **(recipe | fixed[loss])) for seed in args.seeds for loss in losses]
     args.out.mkdir(parents=True, exist_ok=True)
-    place = int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() else 0
-    if place:
-        dist.barrier()  # the first process of a machine may have to download
+    shared = dist.is_initialized() and args.data == "cifar100"  # the first process of a machine may have to download
+    first = shared and os.environ["LOCAL_RANK"] == "0"
+    if shared and not first:
+        dist.barrier()
     data = load(args.data, args.root, device, configs[0].shrink, configs[0].subset)
-    if dist.is_initialized() and not place:
+    if first:
         dist.barrier()
     if len(set(from_all(data.sha256))) > 1:
         raise TrainError(f"--data {args.data} is not the same for all processes")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lace_loss.ext.torch import lace_loss
 
 from .config import TrainError
-from .data import Data, load
+from .data import Data, load, normalised
 from .loop import evaluate, logits_of, network
 from .store import finished_checkpoint, record_lines, write_record
 
@@ -35,14 +35,13 @@ def attack(files: list[Path], data: str, root: str, device: torch.device) -> Non
         images = loaded[form] = loaded.get(form) or load(data, root, device, *form)
         if images.sha256 != header["data_sha256"]:
             raise TrainError(f"{file} is of other data than --data {data}: its data_sha256 is {header['data_sha256']}")
-        state = finished_checkpoint(file, device)
+        state, precision = finished_checkpoint(file, log, device), header["precision"]
         model = network(header["width"], images)
         model.load_state_dict(state["model"])
         model.eval()
         torch.manual_seed(0)
         for name, steps in (("fgsm", 1), ("pgd", STEPS)):
             parts = zip(torch.split(images.test_images, 1000), torch.split(images.test_labels, 1000), strict=True)
-            precision = header["precision"]
             changed = torch.cat([adversarial(model, x, y, images.mean, steps, precision) for x, y in parts])
             final["sets"][name] = evaluate(model, changed, images.test_labels, images.mean, precision)
             found = final["sets"][name]["top1_error"]
@@ -60,7 +59,7 @@ def adversarial(
     x = clean if steps == 1 else low + torch.rand_like(clean) * (high - low)
     for _ in range(steps):
         x.requires_grad_()
-        loss = lace_loss(logits_of(model, x, mean, precision), labels, reduction="sum", strength=0.0)
+        loss = lace_loss(logits_of(model, normalised(x, mean), precision), labels, reduction="sum", strength=0.0)
         (gradient,) = torch.autograd.grad(loss, x)
         x = (x.detach() + size * gradient.sign()).clamp(low, high)
     return x

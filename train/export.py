@@ -37,7 +37,7 @@ def export(record_path: Path) -> Path:
     record = read_record(record_path)
     if "final" not in record:
         raise TrainError(f"{record_path} is of a run that is not finished")
-    state = finished_checkpoint(record_path, torch.device("cpu"))
+    state = finished_checkpoint(record_path, record["epochs_log"], torch.device("cpu"))
     mean, shrink = state["mean"], record["shrink"]
     channels, height, width = mean.shape
     model = ResNet18(record["width"], record["classes"], channels)

@@ -148,8 +148,7 @@ class Replica:
         images = crop(normalised(data.images[index], data.mean), self.offsets[places], config.pad)
         if config.flip:
             images = flip(images, self.flips[places])
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            logits = self.forward(images)
+        logits = logits_of(self.forward, images, config.precision)
         loss, found = lace_loss(logits, labels, strength=config.strength, normalizer=count, statistics=True)
         if config.loss == "focal":
             ce = F.cross_entropy(logits, labels, reduction="none")
@@ -203,9 +202,10 @@ class Run:
         self.replica = Replica(self.config, self.data)
         self.saved = -1
         if state := from_first(self.find_checkpoint):
-            now, self.header, self.log = self.header, state["header"], state["log"]
-            if any(now[key] != self.header[key] for key in ("versions", "commit")):
-                change = {"after_epoch": len(self.log), "versions": now["versions"], "commit": now["commit"]}
+            by = {key: self.header[key] for key in ("versions", "commit")}
+            self.header, self.log = state["header"], state["log"]
+            if any(self.header[key] != by[key] for key in by):
+                change = {"after_epoch": len(self.log), **by}
                 self.header = self.header | {"resumed": [*self.header.get("resumed", []), change]}
             self.replica.restore(state)
             self.saved = len(self.log)
@@ -334,8 +334,9 @@ def train(runs: list[Run], graph: bool, replicas: int, max_seconds: float) -> No
                         failures.append(str(error))
                         run.finished = True
                 wave = unfinished(wave)
-                longest = max(longest, time.perf_counter() - start)
-                if (now := time.perf_counter()) - saved_at >= saving / SAVING_SHARE:
+                now = time.perf_counter()
+                longest = max(longest, now - start)
+                if now - saved_at >= saving / SAVING_SHARE:
                     for run in wave:
                         run.save()
                     saved_at = time.perf_counter()
@@ -402,9 +403,10 @@ def too_late(seconds: float) -> bool:
     return bool(late)
 
 
-def logits_of(model: nn.Module, images: Tensor, mean: Tensor, precision: str) -> Tensor:
+def logits_of(model: nn.Module, images: Tensor, precision: str) -> Tensor:
+    """Of normalised images."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        logits: Tensor = model(normalised(images, mean))
+        logits: Tensor = model(images)
     return logits
 
 
@@ -412,7 +414,8 @@ def logits_of(model: nn.Module, images: Tensor, mean: Tensor, precision: str) ->
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, precision: str = "float32") -> Record:
     """Errors in percent, mean negative log-likelihood and calibration of the model on images as they are."""
     model.eval()
-    logits = torch.cat([logits_of(model, batch, mean, precision) for batch in torch.split(images, 1000)])
+    batches = torch.split(images, 1000)
+    logits = torch.cat([logits_of(model, normalised(batch, mean), precision) for batch in batches])
     try:
         found = ext.evaluate(logits.cpu().numpy(), labels.cpu().numpy(), strength=0.0)
     except ValueError as error:

@@ -177,8 +177,8 @@ def load_checkpoint(path: Path, device: torch.device) -> Record | None:
     return None
 
 
-def finished_checkpoint(record_path: Path, device: torch.device) -> Record:
-    """The checkpoint of a finished run, which lies beside its record.
+def finished_checkpoint(record_path: Path, log: list[Record], device: torch.device) -> Record:
+    """The checkpoint of a finished run, which lies beside its record, whose epochs' lines are `log`.
 
     Raises TrainError where there is none, or one of another run or epoch.
     """
@@ -186,6 +186,6 @@ def finished_checkpoint(record_path: Path, device: torch.device) -> Record:
     state = load_checkpoint(path, device)
     if state is None:
         raise TrainError(f"{record_path} has its weights in {path}, which is not there")
-    if state["log"] != read_record(record_path)["epochs_log"]:
+    if state["log"] != log:
         raise TrainError(f"{path} is not of the run that {record_path} records: its epochs went otherwise")
     return state
