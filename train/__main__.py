@@ -163,13 +163,11 @@ def main(arguments: list[str]) -> int:
             if not is_another_process():
                 report(records)
     except (TrainError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return failed(error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return failed(f"out of memory: {error}")
     except KeyboardInterrupt:
         if not is_another_process():
             print(f"stopped; the same command goes on from the last checkpoint: {command}", file=sys.stderr)
@@ -178,6 +176,12 @@ def main(arguments: list[str]) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def failed(why: object) -> int:
+    # One write: torchrun's processes share the stream, and print writes each argument by itself.
+    sys.stderr.write(f"error: {' '.join(str(why).split())}\n")
+    return 2
 
 
 if __name__ == "__main__":
