@@ -23,6 +23,7 @@ _DTYPES = (np.dtype(np.float32), _FLOAT64 := np.dtype(np.float64))
 
 # A second thread must be worth waking, the more where other threads still spin for work: for 256,000 logits it is not.
 _LOGITS_WORTH_A_THREAD = 1 << 17
+_WORTH_THREADS = 2 * _LOGITS_WORTH_A_THREAD
 
 # What is evaluated at a time: in float32 4 MiB, which stay in a cache between being read or converted and being used.
 _LOGITS_IN_A_BLOCK = 1 << 20
@@ -282,18 +283,18 @@ def _run(
     if w is not None and w.shape != (classes,):
         raise ValueError(f"weight must have one value for each of the {classes} classes, got shape {w.shape}")
 
-    indices = probability = None
-    if y.dtype.kind == "f":
+    indices, probability, kind = None, None, y.dtype.kind
+    if kind == "f":
         if y.shape != logits.shape:
             raise ValueError(f"a floating target must have the logits' shape {logits.shape}, got {y.shape}")
         if ignore_index >= 0:
             raise ValueError(f"ignore_index must be negative for a floating target, got {ignore_index}")
         probability = _classes_last(_numbers("target", y, dtype))
-    elif y.dtype.kind in "iu":
+    elif kind in "iu":
         if y.shape != shape:
             raise ValueError(f"an integer target must have shape {shape} for logits of {logits.shape}, got {y.shape}")
         # A uint64 beyond int64 is no class; wrapped it might be ignore_index.
-        indices = np.minimum(y, np.uint64(2**63 - 1)) if y.dtype == np.uint64 else y
+        indices = np.minimum(y, np.uint64(2**63 - 1)) if kind == "u" and y.dtype == np.uint64 else y
         indices = np.ascontiguousarray(indices, np.int64)
     else:
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
@@ -302,11 +303,10 @@ def _run(
     hard = indices is not None and label_smoothing == 0 and statistics is None
     planes = logits.ndim > 2 and hard and not _ends_with_classes(logits)
     inner = n // max(1, len(logits)) if planes else 0
-    apart = classes * dtype.itemsize
-    if logits.ndim == 2 and not logits.flags.c_contiguous and logits.strides[1] == dtype.itemsize:
+    if logits.ndim == 2 and logits.strides[1] == dtype.itemsize:
         z, apart = logits, logits.strides[0]
     else:
-        z = np.asarray(logits, order="C") if planes else _classes_last(logits)
+        z, apart = np.asarray(logits, order="C") if planes else _classes_last(logits), classes * dtype.itemsize
     rows = each = None
     above = 1.0
     if gradient is not None:
@@ -325,9 +325,11 @@ def _run(
     loss = np.empty(shape if reduction == "none" else (), dtype)
     losses = loss if reduction == "none" else None
     divisor = None if reduction == "mean" else 1.0
-    options = (n, classes, inner, apart, dtype.itemsize, ignore_index, label_smoothing, strength, divisor, above)
-    job = _cpu.Job(losses, rows, z, indices, probability, w, each, statistics, *options)
-    wrong = _in_threads(job, threads)
+    job = _cpu.Job(
+        *(losses, rows, z, indices, probability, w, each, statistics, n, classes, inner, apart, dtype.itemsize),
+        *(ignore_index, label_smoothing, strength, divisor, above),
+    )
+    wrong = job.run(0, n) if logits.size < _WORTH_THREADS else _in_threads(job, threads)
     if wrong >= 0:
         place = [int(i) for i in np.unravel_index(wrong, shape)]
         value = y[tuple(place)]

@@ -69,6 +69,7 @@
 #define pair_quotient NAME(pair_quotient)
 #define horner NAME(horner)
 #define reduce NAME(reduce)
+#define tail NAME(tail)
 #define raise NAME(raise)
 #define exponential NAME(exponential)
 #define log_1_plus NAME(log_1_plus)
@@ -154,11 +155,17 @@ static inline REAL reduce(Pair *d)
     return shifted;
 }
 
-/* 2^RAISED exp(d) from what `reduce` makes of it; 0 from -inf, NaN from NaN. */
-static inline REAL raise(Pair r, REAL shifted)
+/* e^x - 1 - x of what `reduce` leaves */
+static inline REAL tail(Pair r)
 {
     static const REAL c[] = EXP;
-    REAL x = r.high + r.low, p = x * x * horner(c, sizeof c / sizeof *c, x);
+    REAL x = r.high + r.low;
+    return x * x * horner(c, sizeof c / sizeof *c, x);
+}
+
+/* 2^RAISED exp(d) from what `reduce` makes of it, and its tail p; 0 from -inf, NaN from NaN. */
+static inline REAL raise(Pair r, REAL p, REAL shifted)
+{
     REAL one_r = 1 + r.high;
     REAL y = one_r + ((r.high - (one_r - 1)) + (r.low + p)); /* with what 1 + r has lost */
     return shifted < SMALLEST ? 0 : y * from_bits(bits_of(shifted) << MANTISSA); /* what else it holds is shifted out */
@@ -168,7 +175,7 @@ static inline REAL raise(Pair r, REAL shifted)
 static inline REAL exponential(Pair d)
 {
     REAL shifted = reduce(&d);
-    return raise(d, shifted);
+    return raise(d, tail(d), shifted);
 }
 
 /* to = log(1 + x) for x >= 0, good to about 2^-28 (float) or 2^-58 (double) of itself. `to` may be `x`. */

@@ -87,6 +87,21 @@ def lace_loss(
             statistics=statistics,
             gradient_in_forward=gradient_in_forward,
         )
+    if (
+        weight is None
+        and size_average is None
+        and reduce is None
+        and normalizer is None
+        and reduction == "mean"
+        and not (label_smoothing or statistics)
+        and type(ignore_index) is int
+        and type(strength) is float
+        and 0 <= strength <= 1
+        and _are_usual(input, target)
+    ):
+        if input.requires_grad and torch.is_grad_enabled():
+            return _Usual.apply(input, target, ignore_index, strength)
+        return _usual(input, target, ignore_index, strength, False)[0]
     if type(ignore_index) is not int and isinstance(ignore_index, (np.integer, Tensor)):
         ignore_index = index(ignore_index)
     if size_average is not None or reduce is not None:
@@ -162,7 +177,14 @@ class LACELoss(_WeightedLoss):
         self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None, statistics: bool = False
     ) -> Any:
         return lace_loss(
-            *(input, target, self.weight, None, self.ignore_index, None, self.reduction, self.label_smoothing),
+            input,
+            target,
+            self.weight,
+            None,
+            self.ignore_index,
+            None,
+            self.reduction,
+            self.label_smoothing,
             strength=self.strength,
             normalizer=normalizer,
             statistics=statistics,
@@ -298,6 +320,76 @@ def _is_transformed(grad_output: Tensor) -> bool:
     )
 
 
+def _are_usual(input: Tensor, target: Tensor) -> bool:
+    """Whether these are rows of logits and their classes on a CPU as the C kernel takes them, and nothing looks on.
+
+    Asked first because most calls have them, and a loss of so few steps and its gradient take 30 us less: as long as
+    the kernel takes for 200 rows of 100 classes.
+    """
+    return (
+        _is_alone()
+        and type(input) in _PLAIN
+        and type(target) in _PLAIN
+        and input.dtype in _SCALAR
+        and target.dtype == torch.int64
+        and input.is_cpu
+        and target.is_cpu
+        and input.layout is target.layout is torch.strided
+        and input.is_contiguous()
+        and target.is_contiguous()
+        and len(shape := input.shape) == 2
+        and shape[1] > 0
+        and target.shape == (shape[0],)
+        and not input.is_neg()
+    )
+
+
+def _is_alone() -> bool:
+    """Whether nothing notes, traces or transforms what runs."""
+    return (
+        not _is_recorded()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def _usual(
+    input: Tensor, target: Tensor, ignore_index: int, strength: float, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The mean, and the gradient where it is asked for, of what `_are_usual`."""
+    loss = torch.empty_like(_SCALAR[input.dtype])  # 4 us less than by an empty shape
+    g = torch.empty_like(input) if gradient else None
+    (n, k), size = input.shape, input.element_size()
+    if g is not None and n * k >= _LARGE:
+        _cpu.in_large_pages(g, g.nbytes)
+    options = (ignore_index, 0.0, strength, None, 1.0)
+    job = _cpu.Job(None, g, input, target, None, None, None, None, n, k, 0, k * size, size, *options)
+    if _in_threads(job, torch.get_num_threads()) >= 0:
+        check_target(target, k, ignore_index)
+    job.reduce(loss)
+    return loss, g
+
+
+class _Usual(torch.autograd.Function):
+    """`_usual`, differentiated as `_Kernel`."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, ignore_index: int, strength: float) -> Tensor:
+        ctx.options = (ignore_index, "mean", 0.0, strength)
+        loss, gradient = _usual(input, target, ignore_index, strength, True)
+        ctx.save_for_backward(input, target, gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, gradient = ctx.saved_tensors
+        alone = _is_alone() and not torch._C._functorch.is_legacy_batchedtensor(grad_output)
+        if not (alone and not torch.is_grad_enabled() and grad_output.item() == 1):
+            gradient = _differentiated(grad_output, (input, target, None, gradient, None), ctx.options)
+        return gradient, None, None, None
+
+
 class _Kernel(torch.autograd.Function):
     """The loss and what is known beside it. On a CPU the gradient is formed in the same pass, except for a half type:
     rounded to it before a loss scale is known, it would underflow. On a GPU the backward pass forms it from what the
@@ -337,20 +429,24 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, weight, *_ = given = ctx.saved_tensors
-        again = torch.is_grad_enabled()
-        if _is_transformed(grad_output):
-            return _composite_gradient(grad_output, input, target, weight, ctx.options, again)[:1] + 5 * (None,)
-        if again:
-            gradient = _Gradient.apply(grad_output, *given, ctx.options)
-        elif (formed := ctx.formed) is not None:
-            from . import gpu
-
+        if (formed := ctx.formed) is not None:
             ctx.formed = None  # it may be written over, and serves once
-            gradient = gpu.backward(grad_output, *given, *ctx.options, formed=formed)
-        else:
-            gradient = _gradient(*(grad_output, *given, ctx.options))
-        return gradient, None, None, None, None, None
+        return _differentiated(grad_output, ctx.saved_tensors, ctx.options, formed), *5 * (None,)
+
+
+def _differentiated(grad_output: Tensor, given: Any, options: Any, formed: Tensor | None = None) -> Tensor:
+    """The gradient, from what the forward pass leaves, with derivatives of its own where they are asked for."""
+    input, target, weight, *_ = given
+    again = torch.is_grad_enabled()
+    if _is_transformed(grad_output):
+        return _composite_gradient(grad_output, input, target, weight, options, again)[0]
+    if again:
+        return _Gradient.apply(grad_output, *given, options)
+    if formed is not None:
+        from . import gpu
+
+        return gpu.backward(grad_output, *given, *options, formed=formed)
+    return _gradient(*(grad_output, *given, options))
 
 
 def _gradient(
@@ -434,12 +530,7 @@ def _outputs(
     if reduction == "none" or statistics:
         axis = _class_axis(input)
         samples = input.shape[:axis] + input.shape[axis + 1 :]
-    if reduction == "none":
-        loss = input.new_empty(samples, dtype=dtype)
-    elif input.is_cpu and type(input) in _PLAIN:
-        loss = torch.empty_like(_SCALAR[dtype])  # 4 us less than by an empty shape
-    else:
-        loss = input.new_empty((), dtype=dtype)
+    loss = input.new_empty(samples if reduction == "none" else (), dtype=dtype)
     outputs.append(loss)
     if gradient and _on_gpu(input):
         from . import gpu

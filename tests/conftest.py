@@ -35,6 +35,7 @@ def a_gpu(monkeypatch):
     if INTERPRETED:
         as_a_gpu_does(monkeypatch, importlib.import_module("triton.runtime.interpreter"))
         monkeypatch.setattr(lace_torch, "_on_gpu", lambda input: input.is_cpu)
+        monkeypatch.setattr(lace_torch, "_are_usual", lambda *_: False)
         monkeypatch.setattr(lace_torch, "_triton_serves", lambda device: True)
         lace_torch._registered_backward.register_kernel("cpu")(lace_torch._backward)
         with np.errstate(all="ignore"):  # the interpreter is NumPy
@@ -48,3 +49,12 @@ def a_gpu(monkeypatch):
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     return "cpu" if request.param == "cpu" else request.getfixturevalue("a_gpu")
+
+
+@pytest.fixture(params=["kernel", "composite"])
+def path(request, monkeypatch):
+    """What serves `lace_loss`."""
+    if request.param == "composite":
+        for question in ("_are_usual", "_kernel_applies"):
+            monkeypatch.setattr(lace_torch, question, lambda *_: False)
+    return request.param

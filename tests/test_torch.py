@@ -33,13 +33,30 @@ each_target = pytest.mark.parametrize("target", [CLASSES, PROBABILITIES], ids=["
 
 @each_target
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_gradients_and_their_gradients_match_finite_differences(target, reduction):
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_gradients_and_their_gradients_match_finite_differences(target, reduction, label_smoothing):
     def loss(input):
-        return lace_loss(input, target, reduction=reduction, label_smoothing=0.1, strength=0.7)
+        return lace_loss(input, target, reduction=reduction, label_smoothing=label_smoothing, strength=0.7)
 
     input = leaf()
     assert torch.autograd.gradcheck(loss, input, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(loss, input, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@each_precision
+@pytest.mark.parametrize("above", [1, 3])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_short_way_of_the_usual_call_has_the_bits_of_the_long_way(dtype, above, create_graph):
+    results, ways = [], []
+    for weight in (None, torch.ones(5, dtype=dtype)):
+        input = leaf(dtype)
+        loss = lace_loss(input, CLASSES, weight, strength=0.7)
+        (gradient,) = torch.autograd.grad(above * loss, input, create_graph=create_graph)
+        second = torch.autograd.grad(gradient.square().sum(), input) if create_graph else ()
+        ways.append(loss.grad_fn.name())
+        results.append((loss, lace_loss(input.detach(), CLASSES, weight, strength=0.7), gradient, *second))
+    assert ways == ["_UsualBackward", "_KernelBackward"]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.bfloat16])
@@ -145,12 +162,7 @@ def test_hooks_run_once_when_a_second_derivative_may_follow(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.float, torch.bfloat16])
-@pytest.mark.parametrize("path", ["kernel", "composite"])
-def test_an_ignored_sample_has_gradient_0_whatever_it_holds_and_whatever_comes_from_above(
-    dtype, path, monkeypatch, device
-):
-    if path == "composite":
-        monkeypatch.setattr(lace_torch, "_kernel_applies", lambda *_: False)
+def test_an_ignored_sample_has_gradient_0_whatever_it_holds_and_whatever_comes_from_above(dtype, path, device):
     ignored, classes = CLASSES == -100, CLASSES.to(device)
     for above, reduction in product((torch.inf, torch.nan, 1.0), ("none", "mean", "sum")):
         input = INPUT.to(device, dtype, copy=True)
@@ -188,10 +200,7 @@ def test_half_weights_add_up_in_float32(device):
 
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (4, 5, 3), (2, 5, 3, 2)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("path", ["kernel", "composite"])
-def test_statistics_are_what_log_softmax_and_a_stable_sort_give(shape, smoothing, path, monkeypatch, device):
-    if path == "composite":
-        monkeypatch.setattr(lace_torch, "_kernel_applies", lambda *_: False)
+def test_statistics_are_what_log_softmax_and_a_stable_sort_give(shape, smoothing, path, device):
     axis = min(1, len(shape) - 1)
     for dtype in (torch.double, torch.float, torch.bfloat16):
         input = torch.randint(-3, 4, shape).to(device, dtype)  # with ties
@@ -215,10 +224,7 @@ def test_statistics_are_what_log_softmax_and_a_stable_sort_give(shape, smoothing
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("path", ["kernel", "composite"])
-def test_nan_is_never_a_right_answer_in_the_statistics(path, smoothing, monkeypatch, device):
-    if path == "composite":
-        monkeypatch.setattr(lace_torch, "_kernel_applies", lambda *_: False)
+def test_nan_is_never_a_right_answer_in_the_statistics(path, smoothing, device):
     nan, inf = torch.nan, torch.inf
     input = torch.tensor([[nan, 1.0, 2.0], [9.0, nan, 2.0], [inf, 0.0, 0.0], [0.0, inf, 0.0], [-inf, 0.0, 1.0]])
     target = torch.zeros(5, dtype=torch.long, device=device)
@@ -266,10 +272,7 @@ def test_seventy_thousand_float16_samples_have_the_right_gradient(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("path", ["kernel", "composite"])
-def test_autocast_returns_float32_and_takes_float32_weights_as_for_cross_entropy(dtype, path, monkeypatch, device):
-    if path == "composite":
-        monkeypatch.setattr(lace_torch, "_kernel_applies", lambda *_: False)
+def test_autocast_returns_float32_and_takes_float32_weights_as_for_cross_entropy(dtype, path, device):
     cross_entropy = torch.nn.functional.cross_entropy
     weight = torch.rand(5, device=device)
     for target in (CLASSES.to(device), PROBABILITIES.to(device, dtype), PROBABILITIES.float().to(device)):
@@ -382,10 +385,10 @@ def test_views_with_the_negative_bit_are_read_right(dtype, device):
     view = torch.complex(input, input).conj().imag
     assert view.is_neg()
     results = []
-    for z in (view, -input):
+    for z in (view, torch._neg_view(input), -input):
         loss = lace_loss(z := z.detach().requires_grad_(), target)
         results.append((loss.detach(), *torch.autograd.grad(loss, z)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, c) and torch.equal(b, c) for a, b, c in zip(*results, strict=True))
 
 
 @each_precision
