@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.loss import _WeightedLoss
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _LOGITS_WORTH_A_THREAD, _cpu, _in_threads
+from . import _LOGITS_WORTH_A_THREAD, _WORTH_THREADS, _cpu, _in_threads
 
 __all__ = ["LACELoss", "check_target", "lace_loss"]
 
@@ -347,7 +347,8 @@ def _are_usual(input: Tensor, target: Tensor) -> bool:
 def _is_alone() -> bool:
     """Whether nothing notes, traces or transforms what runs."""
     return (
-        not _is_recorded()
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -365,7 +366,8 @@ def _usual(
         _cpu.in_large_pages(g, g.nbytes)
     options = (ignore_index, 0.0, strength, None, 1.0)
     job = _cpu.Job(None, g, input, target, None, None, None, None, n, k, 0, k * size, size, *options)
-    if _in_threads(job, torch.get_num_threads()) >= 0:
+    wrong = job.run(0, n) if n * k < _WORTH_THREADS else _in_threads(job, torch.get_num_threads())
+    if wrong >= 0:
         check_target(target, k, ignore_index)
     job.reduce(loss)
     return loss, g

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from lace_loss import ext, ref
+from lace_loss import ref
 from lace_loss.ext import torch as lace_torch
 from lace_loss.ext.torch import LACELoss, lace_loss
 
@@ -58,8 +58,8 @@ def at(device):
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Grows by one whenever a kernel runs."""
-    calls = []
-    monkeypatch.setattr(lace_torch, "_in_threads", lambda *args: calls.append(1) or ext._in_threads(*args))
+    calls, job = [], lace_torch._cpu.Job
+    monkeypatch.setattr(lace_torch._cpu, "Job", lambda *args: calls.append(1) or job(*args))
     if lace_torch._has_triton():
         gpu = importlib.import_module("lace_loss.ext.gpu")
         launch = gpu._launch
