@@ -23,7 +23,7 @@ _DTYPES = (np.dtype(np.float32), _FLOAT64 := np.dtype(np.float64))
 
 # A second thread must be worth waking, the more where other threads still spin for work: for 256,000 logits it is not.
 _LOGITS_WORTH_A_THREAD = 1 << 17
-_WORTH_THREADS = 2 * _LOGITS_WORTH_A_THREAD
+_WORTH_THREADS = 2 * _LOGITS_WORTH_A_THREAD  # asked before `_in_threads` is called, which takes 0.3 us of a call's 5
 
 # What is evaluated at a time: in float32 4 MiB, which stay in a cache between being read or converted and being used.
 _LOGITS_IN_A_BLOCK = 1 << 20

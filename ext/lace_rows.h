@@ -13,6 +13,7 @@
  */
 #define CHUNK ((size_t)256) /* a multiple of LANES */
 #define BATCH ((size_t)32)
+#define GROUP ((size_t)8)
 #define TILE ((size_t)64)
 #define Lanes NAME(Lanes)
 #define Pairs NAME(Pairs)
@@ -32,12 +33,14 @@
 #define weigh NAME(weigh)
 #define hard_columns NAME(hard_columns)
 #define difference NAME(difference)
+#define reduce_to NAME(reduce_to)
 #define raise_all NAME(raise_all)
 #define exponentials NAME(exponentials)
 #define add_to_lanes NAME(add_to_lanes)
 #define accumulate NAME(accumulate)
 #define total NAME(total)
 #define maximum NAME(maximum)
+#define sum_exponentials NAME(sum_exponentials)
 #define sum_rows NAME(sum_rows)
 #define get NAME(get)
 #define set NAME(set)
@@ -88,9 +91,16 @@ static inline Pair difference(REAL z, REAL m)
     return d;
 }
 
-/* Exponentials of some z - max from what `reduce` leaves of them. They are taken in three loops, the first in the callers:
- * a processor holds fewer operations in flight than one exponential has, one after another, and works on more of the
- * shorter chains side by side. A quarter more instructions than in one loop, 0.9 of the kernel's time on a Zen 3. */
+/* Exponentials are taken in three loops, of which the callers have the first, over `reduce_to`: a processor holds fewer
+ * operations in flight than one exponential has, one after another, and works on more of the shorter chains side by
+ * side. A quarter more instructions than in one loop, 0.9 of the kernel's time on a Zen 3. */
+static inline void reduce_to(REAL *high, REAL *low, REAL *shifted, Pair d)
+{
+    *shifted = reduce(&d);
+    *high = d.high;
+    *low = d.low;
+}
+
 static inline void raise_all(REAL *restrict e, const REAL *restrict high, const REAL *restrict low,
                              const REAL *restrict shifted, size_t count)
 {
@@ -108,12 +118,7 @@ static inline void raise_all(REAL *restrict e, const REAL *restrict high, const 
 static void exponentials(REAL *restrict e, const REAL *restrict z, REAL max, size_t count)
 {
     REAL high[CHUNK], low[CHUNK], shifted[CHUNK];
-    for (size_t i = 0; i < count; i++) {
-        Pair d = difference(z[i], max);
-        shifted[i] = reduce(&d);
-        high[i] = d.high;
-        low[i] = d.low;
-    }
+    for (size_t i = 0; i < count; i++) reduce_to(&high[i], &low[i], &shifted[i], difference(z[i], max));
     raise_all(e, high, low, shifted, count);
 }
 
@@ -197,7 +202,7 @@ static REAL maximum(const REAL *z, size_t k)
         for (size_t j = 1; j < k; j++) max[0] = z[j] > max[0] ? z[j] : max[0];
         return max[0];
     }
-    const REAL *last = z + k - 2 * LANES; /* once more what it shares with those before: 1/8 of a row's time at k = 100 */
+    const REAL *last = z + k - 2 * LANES; /* some of them again: saves 1/8 of a row's time at k = 100 */
     for (size_t l = 0; l < 2 * LANES; l++) max[l] = z[0];
     for (size_t j = 0; j + 2 * LANES <= k; j += 2 * LANES)
         for (size_t l = 0; l < 2 * LANES; l++) max[l] = z[j + l] > max[l] ? z[j + l] : max[l];
@@ -240,32 +245,41 @@ typedef struct {
     const OPTIONS *options;
 } Job;
 
-/* Starts the `count` rows that `index` names, whose largest logits are in `rows`. Of row r, leaves 2^RAISED exp(z_j - max),
- * and 0 at out[r], in the gradient if there is one. Eight rows' lanes become sums together, for a processor to work on
- * them side by side. */
+/* Starts row r, whose largest logit is in `rows`. Leaves 2^RAISED exp(z_j - max), and 0 at `out`, in `e` unless that is
+ * NULL, and their sum in lanes. */
+static void sum_exponentials(Rows *rows, size_t r, Lanes *lanes, REAL *e, const REAL *z, size_t k, size_t out)
+{
+    clear(lanes);
+    for (size_t j = 0; j < k; j += CHUNK) {
+        REAL here[CHUNK], *block = e ? e + j : here;
+        const size_t count = k - j < CHUNK ? k - j : CHUNK;
+        exponentials(block, z + j, rows->max[r], count);
+        if (out - j < count) {
+            rows->own[r] = block[out - j] * LOWER;
+            block[out - j] = 0;
+        }
+        accumulate(lanes, block, count);
+    }
+    rows->z[r] = z[out];
+}
+
+/* The same of the `count` rows that `index` names. The lanes of GROUP rows become sums together, for a processor to work
+ * on them side by side. */
 static void sum_rows(Rows *rows, const Job *job, const size_t *index, const size_t *out, size_t count, REAL *gradient)
 {
     const size_t k = job->k;
-    Lanes lanes[8];
-    for (size_t r = 0; r < count; r++) {
-        const REAL *z = job->logits + index[r] * k;
-        clear(&lanes[r % 8]);
-        for (size_t j = 0; j < k; j += CHUNK) {
-            REAL here[CHUNK], *block = gradient ? gradient + index[r] * k + j : here;
-            const size_t part = k - j < CHUNK ? k - j : CHUNK;
-            exponentials(block, z + j, rows->max[r], part);
-            if (out[r] - j < part) {
-                rows->own[r] = block[out[r] - j] * LOWER;
-                block[out[r] - j] = 0;
-            }
-            accumulate(&lanes[r % 8], block, part);
+    Lanes lanes[GROUP];
+    for (size_t first = 0; first < count; first += GROUP) {
+        const size_t end = count - first < GROUP ? count : first + GROUP;
+        for (size_t r = first; r < end; r++) {
+            REAL *e = gradient ? gradient + index[r] * k : NULL;
+            sum_exponentials(rows, r, &lanes[r - first], e, job->logits + index[r] * k, k, out[r]);
         }
-        rows->z[r] = z[out[r]];
-        for (size_t i = r - r % 8; (r % 8 == 7 || r == count - 1) && i <= r; i++) {
-            Pair others = total(&lanes[i % 8]);
+        for (size_t r = first; r < end; r++) {
+            Pair others = total(&lanes[r - first]);
             others.high *= LOWER;
             others.low *= LOWER;
-            set(&rows->others, i, others);
+            set(&rows->others, r, others);
         }
     }
 }
@@ -386,12 +400,8 @@ static inline void hard_columns(Rows *rows, const Job *job, size_t i, size_t cou
     for (size_t r = 0; r < count; r++) rows->own[r] = exponential(difference(rows->z[r], rows->max[r])) * LOWER;
     for (size_t j = 0; j < k; j++) {
         REAL high[BATCH], low[BATCH], shifted[BATCH], values[BATCH];
-        for (size_t r = 0; r < count; r++) {
-            Pair d = difference(z[j * z_step + r], rows->max[r]);
-            shifted[r] = reduce(&d);
-            high[r] = d.high;
-            low[r] = d.low;
-        }
+        for (size_t r = 0; r < count; r++)
+            reduce_to(&high[r], &low[r], &shifted[r], difference(z[j * z_step + r], rows->max[r]));
         raise_all(values, high, low, shifted, count);
         for (size_t r = 0; r < count; r++) {
             REAL value = t[r] == (BITS)j ? 0 : values[r];
@@ -602,6 +612,7 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 #undef log_1_plus
 #undef CHUNK
 #undef BATCH
+#undef GROUP
 #undef LANES
 #undef TILE
 #undef Lanes
@@ -623,11 +634,13 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 #undef hard_columns
 #undef exponentials
 #undef difference
+#undef reduce_to
 #undef raise_all
 #undef add_to_lanes
 #undef accumulate
 #undef total
 #undef maximum
+#undef sum_exponentials
 #undef sum_rows
 #undef get
 #undef set

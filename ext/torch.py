@@ -327,9 +327,9 @@ def _are_usual(input: Tensor, target: Tensor) -> bool:
     the kernel takes for 200 rows of 100 classes.
     """
     return (
-        _is_alone()
-        and type(input) in _PLAIN
-        and type(target) in _PLAIN
+        not _is_recorded()
+        and _is_plain(input, target)
+        and not _has_tangent(input)
         and input.dtype in _SCALAR
         and target.dtype == torch.int64
         and input.is_cpu
@@ -341,17 +341,6 @@ def _are_usual(input: Tensor, target: Tensor) -> bool:
         and shape[1] > 0
         and target.shape == (shape[0],)
         and not input.is_neg()
-    )
-
-
-def _is_alone() -> bool:
-    """Whether nothing notes, traces or transforms what runs."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
     )
 
 
@@ -386,8 +375,8 @@ class _Usual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, target, gradient = ctx.saved_tensors
-        alone = _is_alone() and not torch._C._functorch.is_legacy_batchedtensor(grad_output)
-        if not (alone and not torch.is_grad_enabled() and grad_output.item() == 1):
+        again = torch.is_grad_enabled()
+        if again or _is_recorded() or _is_transformed(grad_output) or grad_output.item() != 1:
             gradient = _differentiated(grad_output, (input, target, None, gradient, None), ctx.options)
         return gradient, None, None, None
 
