@@ -21,15 +21,19 @@ import pytest
 for needed in ("torch", "sklearn", "scipy", "matplotlib", "torchvision", "tqdm"):
     pytest.importorskip(needed)
 
+import mpmath  # noqa: E402
+import scipy.optimize  # noqa: E402
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from lace_loss import ref  # noqa: E402
 from lace_loss.train import loop, store  # noqa: E402
 from lace_loss.train.__main__ import main, seeds  # noqa: E402
 from lace_loss.train.attack import EPSILON, STEP, adversarial  # noqa: E402
 from lace_loss.train.config import Config, TrainError  # noqa: E402
 from lace_loss.train.data import Data, balanced, block_means, crop, draws, flip, load, normalised  # noqa: E402
 from lace_loss.train.model import ResNet18  # noqa: E402
+from lace_loss.train.probabilities import log_probabilities, qualities  # noqa: E402
 from lace_loss.train.report import difference, report, statistics  # noqa: E402
 from lace_loss.train.store import FIGURES, TESTED, Record, load_checkpoint, previous, read_record, save_checkpoint  # noqa: E402
 
@@ -195,7 +199,8 @@ def test_errors_agree_with_scikit_learn_topk() -> None:
     from sklearn.metrics import top_k_accuracy_score
 
     digits, model = load("digits", "unused", CPU), ResNet18(1, 10, 1)
-    found = loop.evaluate(model, digits.test_images, digits.test_labels, digits.mean)
+    logits = loop.evaluation_logits(model, digits.test_images, digits.mean, "float32")
+    found = loop.figures(logits, digits.test_labels)
     with torch.inference_mode():
         logits = model(normalised(digits.test_images, digits.mean)).numpy()
     for k in (1, 5):
@@ -207,7 +212,7 @@ def test_a_record_holds_settings_an_epoch_a_line_and_the_last_epoch_as_result(fi
     header, *log, final = map(json.loads, (finished / "digits_lace_seed0_w1.jsonl").read_text().splitlines())
     assert {"loss", "seed", "data", "width", "strength", "epochs", "commit", "versions", "device"} <= header.keys()
     assert [row["epoch"] for row in log] == [0, 1, 2]
-    assert [row["lr"] for row in log] == pytest.approx([0.1, 0.01, 0.001])
+    assert [row["lr"] for row in log] == pytest.approx([0.1, 0.1, 0.01])
     assert final["final"] is True
     assert {key: final[key] for key in FIGURES} == {key: log[-1][key] for key in FIGURES}
 
@@ -235,7 +240,8 @@ def test_lace_of_strength_zero_trains_as_cross_entropy_does(tmp_path: Path) -> N
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy_bin_by_bin() -> None:
     digits, model = load("digits", "unused", CPU), ResNet18(2, 10, 1)
-    found = loop.evaluate(model, digits.test_images, digits.test_labels, digits.mean)
+    logits = loop.evaluation_logits(model, digits.test_images, digits.mean, "float32")
+    found = loop.figures(logits, digits.test_labels)
     with torch.inference_mode():
         q = model(normalised(digits.test_images, digits.mean)).double().softmax(1).numpy()
     sure, right = q.max(1), q.argmax(1) == digits.test_labels.numpy()
@@ -245,7 +251,61 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy_bin_by_bin
         assert found["count"][i] == inside.sum()
         gap += abs(sure[inside].sum() - right[inside].sum())
     assert found["calibration_error"] == pytest.approx(100 * gap / len(q), rel=1e-6)
-    assert found["nll"] == pytest.approx(-np.log(q[range(len(q)), digits.test_labels]).mean(), rel=1e-6)
+    nll = -np.log(q[range(len(q)), digits.test_labels]).mean()
+    assert found["nll"] == pytest.approx(nll, rel=1e-6)
+    again = qualities(logits.numpy(), digits.test_labels.numpy(), 1.0, scaled=False)["softmax"]
+    one_hot = np.eye(10)[digits.test_labels]
+    assert again["brier"] == pytest.approx(np.square(q - one_hot).sum(1).mean(), rel=1e-6)
+    assert again["nll"] == pytest.approx(nll, rel=1e-6)
+    assert again["calibration_error"] == pytest.approx(found["calibration_error"], rel=1e-6)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("sure", [1.0, 8.0, 60.0])
+def test_class_probabilities_are_q_over_k_normalised(strength: float, sure: float) -> None:
+    """The witness has 60 digits: in float64 the largest class's K is 0 from a margin of 40 on, if formed from q."""
+    logits = np.array([[sure, 0.0, -1.0, 0.5], [0.3, 0.3, 0.3, -sure]])
+    found = log_probabilities(logits, strength)
+    with mpmath.workdps(60):
+        for row, logs in zip(logits, found, strict=True):
+            e = [mpmath.exp(z) for z in row]
+            q = [x / mpmath.fsum(e) for x in e]
+            ratio = [x / ((1 - strength) + strength * (1 - x - x * mpmath.log(x))) for x in q]
+            expected = [float(mpmath.log(x / mpmath.fsum(ratio))) for x in ratio]
+            assert logs == pytest.approx(expected, rel=1e-12, abs=1e-30)
+
+
+def test_the_loss_is_smallest_where_the_class_probabilities_are_the_truth() -> None:
+    """Minimise the expected loss by its gradient, by ref: the map gives the truth back."""
+    truth = np.array([0.6, 0.3, 0.1])
+    z = scipy.optimize.minimize(
+        lambda z: ref.forward(z[None], truth[None]),
+        np.zeros(3),
+        jac=lambda z: ref.backward(z[None], truth[None])[0],
+        options={"gtol": 1e-10},
+    ).x
+    assert np.exp(log_probabilities(z[None], 1.0))[0] == pytest.approx(truth, abs=1e-8)
+    assert np.exp(log_probabilities(z[None], 0.0))[0] != pytest.approx(truth, abs=0.02)
+
+
+def test_one_temperature_is_found_again_and_is_fitted_on_the_other_half() -> None:
+    random = np.random.default_rng(0)
+    z = random.normal(size=(20_000, 5)) * 2
+    labels = np.array([random.choice(5, p=np.exp(row) / np.exp(row).sum()) for row in z])
+    found = qualities((3 * z).astype(np.float32), labels, 0.0, scaled=True)
+    assert found["softmax_scaled"]["temperature"] == pytest.approx(3, rel=0.03)
+    assert found["softmax_scaled"]["calibration_error"] < 1.5 < found["softmax"]["calibration_error"]
+    z[1::2] *= 3  # odd samples alone are too sure: it is the even ones that are divided by 3
+    halves = qualities(z.astype(np.float32), labels, 0.0, scaled=True)["softmax_scaled"]
+    assert halves["temperature"] == pytest.approx((3 + 1) / 2, rel=0.03)
+    assert halves["nll"] > found["softmax_scaled"]["nll"] + 0.1
+
+
+def test_the_tests_logits_are_kept_and_give_the_records_figures(finished: Path) -> None:
+    record = read_record(finished / "digits_lace_seed0_w1.jsonl")["sets"]["test"]
+    with np.load(finished / "digits_lace_seed0_w1.logits.npz") as kept:
+        found = loop.figures(torch.from_numpy(kept["logits"]), torch.from_numpy(kept["target"]))
+    assert found == {key: record[key] for key in found}
 
 
 def test_the_focal_arm_trains_as_lace_does_while_no_sample_is_sure(tmp_path: Path) -> None:
@@ -268,6 +328,43 @@ def test_a_step_is_that_of_momentum_sgd_with_weight_decay() -> None:
         assert torch.allclose(parameter, weight, rtol=1e-5, atol=1e-7)
     norm = math.sqrt(sum(p.grad.double().square().sum() for p in replica.model.parameters()))
     assert replica.grad_norms[2].item() == pytest.approx(norm, rel=1e-5)
+
+
+def test_learning_rates_are_those_of_the_schedule() -> None:
+    steps = Config(lr=0.1, epochs=40, lr_step=18)
+    rates = [steps.learning_rate(epoch, 7, 10) for epoch in (0, 17, 18, 35, 36, 39)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    triangle = Config(lr=0.1, epochs=20, schedule="triangle")
+    rates = [triangle.learning_rate(epoch, step, 10) for epoch in range(20) for step in range(10)]
+    middles = np.arange(0.5, 200) / 200
+    assert rates == pytest.approx(np.interp(middles, [0, 0.15, 1], [0, 0.2, 0]).tolist())
+    assert min(rates) > 0
+
+
+def test_a_step_has_the_schedules_rate() -> None:
+    replica = loop.Replica(Config("digits", width=1, pad=1, epochs=3, schedule="triangle"), load("digits", "", CPU))
+    for epoch in range(2):
+        assert replica.begin(epoch) == replica.config.learning_rate(epoch, 0, 15)
+        for i in (0, 1, 14):
+            replica.advance(i)
+            assert replica.lr.item() == pytest.approx(replica.config.learning_rate(epoch, i, 15), rel=1e-6)
+
+
+def test_bfloat16_is_refused_by_a_processor_that_lacks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert_error(capsys, small(tmp_path, "--precision", "bfloat16"), "--precision bfloat16", "avx512_bf16")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert main(small(tmp_path, "--precision", "bfloat16", "--epochs", "1")) == 0
+    assert read_record(next(tmp_path.glob("*.jsonl")))["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize(("epochs", "lr_step"), [(10, 5), (40, 18), (99, 45), (100, 25), (200, 50)])
+def test_a_short_run_keeps_its_first_rates_longer(tmp_path: Path, epochs: int, lr_step: int) -> None:
+    command = small(tmp_path, "--max-seconds", "0", "--epochs", str(epochs))
+    assert main(command) == 0
+    assert read_record(next(tmp_path.glob("*.jsonl")))["lr_step"] == lr_step
 
 
 def test_what_a_step_reads_and_writes_stays_where_it_is() -> None:
@@ -623,7 +720,7 @@ def test_out_of_memory_in_a_step_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(replica: loop.Replica, i: int) -> None:
-        if i == 10 and replica.lr < 0.05:  # in the second epoch
+        if i == 10 and replica.epoch == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         replica.step(replica.batches[i])
 
@@ -783,6 +880,7 @@ def assert_error(capsys: pytest.CaptureFixture[str], arguments: list[str], *word
         (["--subset", "-1"], ["--subset", "at least 0", "-1"]),
         (["--shrink", "3"], ["--shrink 3", "8x8"]),
         (["--precision", "half"], ["--precision", "'half'"]),
+        (["--schedule", "cosine"], ["--schedule", "steps or triangle", "'cosine'"]),
         (["--mode", "graph"], ["--mode graph", "CUDA"]),
         (["--replicas", "2"], ["--replicas 2", "--mode graph"]),
         (["--loss", "hinge"], ["--loss", "'hinge'"]),

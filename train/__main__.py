@@ -109,7 +109,9 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     """Every run that the flags ask for; the paths of their records."""
     given = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args and f.name not in ("data", "loss")}
     if "epochs" in given:
-        given.setdefault("lr_step", math.ceil(given["epochs"] / 4))
+        # Quarters, as in the paper, starve a short run: 45.3 % in place of 39.8 % top-5 error (README).
+        share = 0.45 if given["epochs"] < 100 else 0.25
+        given.setdefault("lr_step", math.ceil(share * given["epochs"]))
     device, graph = machine(args)
     if device.type == "cuda":
         given.setdefault("precision", "bfloat16")
@@ -119,6 +121,7 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     fixed: dict[str, dict[str, Any]] = {"ce": {"strength": 0.0}, "lace": {}, "focal": {"strength": 1.0}}
     name = Path(args.data).resolve().name
     configs = [Config(name, loss, seed, **(recipe | fixed[loss])) for seed in args.seeds for loss in losses]
+    configs[0].require_device(device.type)
     args.out.mkdir(parents=True, exist_ok=True)
     shared = dist.is_initialized() and args.data == "cifar100"  # the first process of a machine may have to download
     first = shared and os.environ["LOCAL_RANK"] == "0"

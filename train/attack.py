@@ -14,7 +14,7 @@ from lace_loss.ext.torch import lace_loss
 
 from .config import TrainError
 from .data import Data, load, normalised
-from .loop import evaluate, logits_of, network
+from .loop import evaluation_logits, figures, logits_of, network
 from .store import finished_checkpoint, record_lines, write_record
 
 EPSILON = 8.0  # of 255
@@ -43,7 +43,7 @@ def attack(files: list[Path], data: str, root: str, device: torch.device) -> Non
         for name, steps in (("fgsm", 1), ("pgd", STEPS)):
             parts = zip(torch.split(images.test_images, 1000), torch.split(images.test_labels, 1000), strict=True)
             changed = torch.cat([adversarial(model, x, y, images.mean, steps, precision) for x, y in parts])
-            final["sets"][name] = evaluate(model, changed, images.test_labels, images.mean, precision)
+            final["sets"][name] = figures(evaluation_logits(model, changed, images.mean, precision), images.test_labels)
             found = final["sets"][name]["top1_error"]
             print(f"{file.stem}: {found:.2f} % top-1 error under {name.upper()}", file=sys.stderr)
         write_record(file, header, log, final)

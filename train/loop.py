@@ -25,6 +25,7 @@ from lace_loss.ext.torch import lace_loss
 from .config import Config, TrainError
 from .data import Data, crop, draws, flip, normalised
 from .model import ResNet18
+from .probabilities import qualities
 from .store import (
     FIGURES,
     TESTED,
@@ -35,6 +36,7 @@ from .store import (
     read_record,
     refuse_other,
     save_checkpoint,
+    write_logits,
     write_record,
 )
 
@@ -85,10 +87,8 @@ class Replica:
             buffer.copy_(saved)
 
     def begin(self, epoch: int) -> float:
-        """Learning rate, order and augmentation of this epoch."""
-        config = self.config
-        lr = config.lr * config.lr_drop ** (epoch // config.lr_step)
-        self.lr.fill_(lr)
+        """Order and augmentation of this epoch; returns its first learning rate."""
+        config, self.epoch = self.config, epoch
         drawn = draws(config.seed, epoch, len(self.order), config.pad)
         for buffer, values in zip((self.order, self.offsets, self.flips), drawn, strict=True):
             buffer.copy_(values)
@@ -97,14 +97,17 @@ class Replica:
         if self.graph:
             self.places.copy_(self.batches[0])
             self.stream.wait_stream(torch.cuda.current_stream())
-        return lr
+        return config.learning_rate(epoch, 0, len(self.batches))
 
     def advance(self, i: int) -> None:
         """Step i of the epoch; those of a graph follow each other."""
+        lr = self.config.learning_rate(self.epoch, i, len(self.batches))
         if self.graph:
             with torch.cuda.stream(self.stream):
+                self.lr.fill_(lr)
                 self.graph.replay()
         else:
+            self.lr.fill_(lr)
             self.step(self.batches[i])
 
     def end(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,7 +248,7 @@ class Run:
         last = epoch + 1 == config.epochs
         tested: Record = {}
         if last or (epoch + 1) % config.test_every == 0:
-            tested = self.evaluate(self.data.test_images, self.data.test_labels)
+            tested = figures(self.logits(self.data.test_images), self.data.test_labels)
             row |= {key: tested[key] for key in TESTED}
         row |= {"seconds": seconds + time.perf_counter() - start, "images_per_second": n / seconds}
         self.log.append(row)
@@ -261,8 +264,8 @@ class Run:
         if not is_another_process():
             self.bar.write(f"{self.name}: {text}", file=sys.stderr)
 
-    def evaluate(self, images: Tensor, labels: Tensor) -> Record:
-        return evaluate(self.replica.model, images, labels, self.data.mean, self.config.precision)
+    def logits(self, images: Tensor) -> Tensor:
+        return evaluation_logits(self.replica.model, images, self.data.mean, self.config.precision)
 
     def save(self) -> None:
         if is_another_process() or self.saved == len(self.log):
@@ -273,17 +276,23 @@ class Run:
         self.saved = len(self.log)
 
     def finish(self) -> None:
-        """The record's last line: the last epoch's figures, and those of every set."""
+        """The record's last line: the last epoch's figures, and those of every set; keeps the test's logits."""
         self.finished = True
         if is_another_process():
             return
-        data = self.data
-        sets = {
-            "test": self.evaluate(data.test_images, data.test_labels),
-            "train": self.evaluate(data.images, data.labels),
-        }
-        if len(data.unused_images):
-            sets["unused"] = self.evaluate(data.unused_images, data.unused_labels)
+        data, sets = self.data, dict[str, Record]()
+        for name, images, labels in (
+            ("test", data.test_images, data.test_labels),
+            ("train", data.images, data.labels),
+            ("unused", data.unused_images, data.unused_labels),
+        ):
+            if not len(images):
+                continue
+            logits, classes = self.logits(images), labels.cpu().numpy()
+            sets[name] = figures(logits, labels)
+            sets[name] |= qualities(logits.numpy(), classes, self.config.strength, scaled=name == "test")
+            if name == "test":
+                write_logits(self.record_path, logits.numpy(), classes)
         seconds = sum(row["seconds"] for row in self.log)
         final = {"final": True, **{key: self.log[-1][key] for key in FIGURES}, "sets": sets, "seconds": seconds}
         write_record(self.record_path, self.header, self.log, final)
@@ -325,9 +334,9 @@ def train(runs: list[Run], graph: bool, replicas: int, max_seconds: float) -> No
                     for run in wave:
                         run.replica.advance(i)
                         run.bar.update(len(run.replica.batches[i]))
-                figures = [run.replica.end() for run in wave]
+                ended = [run.replica.end() for run in wave]
                 seconds = time.perf_counter() - start
-                for run, found in zip(wave, figures, strict=True):
+                for run, found in zip(wave, ended, strict=True):
                     try:
                         run.end(*found, seconds)
                     except TrainError as error:
@@ -411,13 +420,16 @@ def logits_of(model: nn.Module, images: Tensor, precision: str) -> Tensor:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, precision: str = "float32") -> Record:
-    """Errors in percent, mean negative log-likelihood and calibration of the model on images as they are."""
+def evaluation_logits(model: nn.Module, images: Tensor, mean: Tensor, precision: str) -> Tensor:
+    """The model's logits of images as they are, without augmentation, on the CPU."""
     model.eval()
-    batches = torch.split(images, 1000)
-    logits = torch.cat([logits_of(model, normalised(batch, mean), precision) for batch in batches])
+    return torch.cat([logits_of(model, normalised(part, mean), precision) for part in torch.split(images, 1000)]).cpu()
+
+
+def figures(logits: Tensor, labels: Tensor) -> Record:
+    """Errors in percent, mean negative log-likelihood and calibration of the softmax."""
     try:
-        found = ext.evaluate(logits.cpu().numpy(), labels.cpu().numpy(), strength=0.0)
+        found = ext.evaluate(logits.numpy(), labels.cpu().numpy(), strength=0.0)
     except ValueError as error:
         raise TrainError(f"in a test {error}; the last checkpoint is kept") from error
     return {

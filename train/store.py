@@ -2,8 +2,9 @@
 
 A record is a JSON Lines file: the header (settings, versions, data, device), a line an epoch, and once the run is
 finished a last line with `"final": true`, the last epoch's figures, and under `sets` the figures of the test images,
-of the training images (without augmentation) and of the unused ones. Errors are in percent, `nll` is the mean negative
-log-likelihood in nats, the gradient's norm the mean over the steps. The training loss is the run's own on augmented
+of the training images (without augmentation) and of the unused ones: errors in percent, `nll`, the mean negative
+log-likelihood in nats, and the calibration error of the softmax, then `probabilities.qualities`. The gradient's norm is
+the mean over the steps. The training loss is the run's own on augmented
 images, so that of one loss does not compare with that of another; `nll` does.
 
 A checkpoint is the SHA-256 of what follows, in hexadecimal, a line feed, and a `torch.save`d dict: header, log (the
@@ -22,6 +23,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.backends.cpu import get_cpu_capability as cpu_capability
@@ -42,7 +44,8 @@ IDENTITY = (*(f.name for f in fields(Config)), "data_sha256", "device", "threads
 def describe(config: Config, data: Data, made: Record) -> Record:
     """The header of a record, with how the run is `made`: mode, replicas and command."""
     gpu = data.images.is_cuda
-    device = torch.cuda.get_device_name() if gpu else f"{platform.machine()} {cpu_capability()}"
+    amx = " AMX" if torch.cpu._is_amx_tile_supported() else ""  # which sums bfloat16 in another order
+    device = torch.cuda.get_device_name() if gpu else f"{platform.machine()} {cpu_capability()}{amx}"
     processes = f"{dist.get_world_size()} processes, " if dist.is_initialized() else ""
     return asdict(config) | {
         "train_images": len(data.images),
@@ -142,6 +145,13 @@ def read_record(path: Path) -> Record:
     """Header and final line merged, the epochs' lines under `epochs_log`; no `final` while the run is unfinished."""
     header, log, final = record_lines(path)
     return header | final | {"epochs_log": log}
+
+
+def write_logits(record_path: Path, logits: np.ndarray, target: np.ndarray) -> None:
+    """Keep the test images' logits and classes beside the record, for `python -m lace_loss.ext` and later questions."""
+    buffer = io.BytesIO()
+    np.savez(buffer, logits=logits, target=target)
+    write(record_path.with_suffix(".logits.npz"), buffer.getvalue())
 
 
 def previous(path: Path) -> Path:
