@@ -1,17 +1,27 @@
 """The experiment: data, model, resuming, records, the report, and what each mistake is answered with."""
 
+import contextlib
+import copy
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import resource
+import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +37,7 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from lace_loss import ref  # noqa: E402
-from lace_loss.train import loop, store  # noqa: E402
+from lace_loss.train import lock, loop, store  # noqa: E402
 from lace_loss.train.__main__ import main, seeds  # noqa: E402
 from lace_loss.train.attack import EPSILON, STEP, adversarial  # noqa: E402
 from lace_loss.train.config import Config, TrainError  # noqa: E402
@@ -35,7 +45,8 @@ from lace_loss.train.data import Data, balanced, block_means, crop, draws, flip,
 from lace_loss.train.model import ResNet18  # noqa: E402
 from lace_loss.train.probabilities import log_probabilities, qualities  # noqa: E402
 from lace_loss.train.report import difference, report, statistics  # noqa: E402
-from lace_loss.train.store import FIGURES, TESTED, Record, load_checkpoint, previous, read_record, save_checkpoint  # noqa: E402
+from lace_loss.train.schema import FIGURES, TESTED, Record  # noqa: E402
+from lace_loss.train.store import load_checkpoint, previous, read_record, save_checkpoint  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = ["--epochs", "3", "--width", "1", "--device", "cpu", "--threads", "1"]
@@ -710,8 +721,8 @@ def test_with_replicas_checkpoints_still_take_two_percent_of_the_time(
     monkeypatch.setattr(loop.Run, "save", save)
     monkeypatch.setattr(loop.Replica, "begin", begin)
     monkeypatch.setattr(loop.Replica, "advance", lambda *_: None)
-    with loop.tqdm(disable=True) as bar:
-        runs = [loop.Run(dataclasses.replace(config, seed=seed), digits, tmp_path, {}, bar) for seed in (0, 1)]
+    with loop.tqdm(disable=True) as bar, contextlib.ExitStack() as locks:
+        runs = [loop.Run(dataclasses.replace(config, seed=seed), digits, tmp_path, {}, bar, locks) for seed in (0, 1)]
         loop.train(runs, False, 2, math.inf)
     assert saves == [1, 1, 11, 11, 21, 21, 31, 31]
 
@@ -854,6 +865,141 @@ def test_weights_that_the_last_step_made_infinite_are_not_saved(
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
+# --- one owner of a run -----------------------------------------------------------------------------------------------
+
+
+def is_locked(file: Path) -> bool:
+    with open(file, "a") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_a_run_in_training_is_refused_to_a_second_process_until_the_first_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also by a kill, which leaves the file of the lock and files that were being written."""
+    name, epochs, out = "digits_lace_seed0_w1", ["--epochs", "20"], tmp_path / "out"
+    first = start(small(out, *epochs))
+    while not (out / f"{name}.jsonl").exists():
+        assert first.is_alive()
+        time.sleep(0.01)
+    assert_error(capsys, small(out, *epochs), name, f"process {first.pid} on {socket.gethostname()}", f"{name}.lock")
+    assert first.is_alive(), "the first must be at work all the time, or nothing was shown"
+    first.kill()
+    first.join()
+    assert (out / f"{name}.lock").exists()
+    left = [out / f"{name}{kind}" for kind in (".checkpoint.1.tmp", ".jsonl.4194304.tmp", ".logits.npz.7.tmp")]
+    others = [out / "digits_lace_seed0_w10.jsonl.1.tmp", out / "mine.tmp"]
+    for file in (*left, *others):
+        file.write_bytes(b"part")
+    assert main(small(out, *epochs)) == 0
+    assert main(small(tmp_path / "whole", *epochs)) == 0
+    assert weights(out) == weights(tmp_path / "whole")
+    assert {file.name for file in out.iterdir()} == {
+        *(file.name for file in (tmp_path / "whole").iterdir()),
+        *(file.name for file in others),
+    }
+
+
+def test_every_run_of_a_command_is_locked_before_its_files_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "digits_lace_seed1_w1.jsonl").write_text("no record")
+    with open(tmp_path / "digits_lace_seed1_w1.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert_error(capsys, small(tmp_path, "--seeds", "0-1"), "digits_lace_seed1_w1: another process works")
+        assert not (tmp_path / "digits_lace_seed0_w1.jsonl").exists()
+        assert not (tmp_path / "digits_lace_seed0_w1.lock").exists(), "the lock of the run that is left, too"
+    assert_error(capsys, small(tmp_path, "--seeds", "0-1"), "not JSON")
+
+
+def test_a_finished_run_is_no_longer_locked_while_the_command_trains_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked, begin = list[list[bool]](), loop.Run.begin
+
+    def look(run: loop.Run) -> None:
+        locked.append([is_locked(tmp_path / f"digits_lace_seed{seed}_w1.lock") for seed in (0, 1)])
+        begin(run)
+
+    monkeypatch.setattr(loop.Run, "begin", look)
+    assert main(small(tmp_path, "--seeds", "0-1", "--epochs", "2")) == 0
+    assert locked == [[True, True]] * 2 + [[False, True]] * 2
+
+
+@pytest.mark.parametrize("command", [["export"], ["report", "--attack"]], ids=" ".join)
+def test_what_writes_beside_a_record_is_refused_while_another_process_works_on_the_run(
+    command: list[str], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "digits_lace_seed0_w1"
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    with open(finished / f"{name}.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert_error(capsys, [command[0], str(finished / f"{name}.jsonl"), *command[1:]], name, "another process works")
+    (finished / f"{name}.lock").unlink()
+    assert before == {file.name: file.read_bytes() for file in finished.iterdir()}
+
+
+def test_a_lock_file_that_is_removed_makes_no_second_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between `open` and `lock` by the owner before, or by hand."""
+    record, path, take, gone = tmp_path / "run.jsonl", tmp_path / "run.lock", lock.lock, list[Path]()
+
+    def lose_it_once(file: Any) -> None:
+        if not gone:
+            gone.append(path)
+            path.unlink()
+        take(file)
+
+    monkeypatch.setattr(lock, "lock", lose_it_once)
+    with lock.owned(record):
+        assert gone and is_locked(path)
+        with pytest.raises(TrainError, match=f"run: process {os.getpid()} on"), lock.owned(record):
+            pass
+        path.unlink()
+        with lock.owned(record):
+            assert is_locked(path)
+    assert not path.exists()
+    with lock.owned(record):
+        path.unlink()
+        path.write_text("another's")
+    assert path.read_text() == "another's"
+
+
+def test_where_the_file_system_has_no_locks_a_run_goes_on_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert main(small(tmp_path, "--epochs", "1")) == 0
+    assert "digits_lace_seed0_w1.lock cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().err
+
+
+def write_often(path: Path, content: bytes) -> None:
+    for _ in range(200):
+        store.write(path, content)
+
+
+def test_two_processes_that_write_one_file_leave_the_whole_content_of_one(tmp_path: Path) -> None:
+    path, contents = tmp_path / "file", [b"a" * 100_000, b"b" * 200_000]
+    writers = [server.Process(target=write_often, args=(path, content)) for content in contents]
+    for writer in writers:
+        writer.start()
+    read = set[bytes]()
+    while any(writer.is_alive() for writer in writers):
+        if path.exists():
+            read.add(path.read_bytes())
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert read <= set(contents)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -875,6 +1021,8 @@ def assert_error(capsys: pytest.CaptureFixture[str], arguments: list[str], *word
         (["--width", "0"], ["--width", "at least 1", "got 0"]),
         (["--epochs", "0"], ["--epochs", "at least 1", "got 0"]),
         (["--batch", "0"], ["--batch", "got 0"]),
+        (["--width", "9999999999"], ["--width", "at most 16777216", "got 9999999999"]),
+        (["--batch", "1" + "0" * 30], ["--batch", "at most 16777216"]),
         (["--threads", "0"], ["--threads", "got 0"]),
         (["--strength", "1.5"], ["--strength", "[0, 1]", "1.5"]),
         (["--subset", "-1"], ["--subset", "at least 0", "-1"]),
@@ -956,10 +1104,12 @@ def record(folder: Path, loss: str, seed: int, top5: float, unfinished: bool = F
     header = config | {"loss": loss, "seed": seed, "strength": float(loss == "lace"), "classes": 100}
     header |= {"data_sha256": "0", "device": "d", "threads": 1}
     header |= {"train_images": 50_000, "unused_images": 0, "test_images": 10_000} | settings
-    row = dict.fromkeys(FIGURES, 1.0) | {"top5_error": top5, "epoch": 0}
-    bins = {"count": [0, 4, 6], "confidence": [0.0, 0.5, 0.9], "accuracy": [0.0, 0.25, 1.0]}
+    row = dict.fromkeys(FIGURES, 1.0) | {"top5_error": top5, "seconds": 1.0}
+    log = [row | {"epoch": epoch} for epoch in range(1 if unfinished else header["epochs"])]
+    zeros = [0.0] * 12
+    bins = {"count": [0, 4, 6, *zeros], "confidence": [0.0, 0.5, 0.9, *zeros], "accuracy": [0.0, 0.25, 1.0, *zeros]}
     sets = {name: {key: row[key] for key in TESTED} | bins for name in ("test", "train")}
-    lines = [header, row] if unfinished else [header, row, row | {"final": True, "sets": sets}]
+    lines = [header, *log] if unfinished else [header, *log, row | {"final": True, "sets": sets}]
     (folder / f"{loss}{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -1087,7 +1237,7 @@ def test_report_refuses_to_count_one_run_twice(tmp_path: Path, capsys: pytest.Ca
         ('{"loss": "ce"}\n', ["line 1", "lacks", "seed"]),
         ("[1]\n", ["line 1", "not a line of a record"]),
         ("", ["line 1"]),
-        (None, ["line 3", "cut short"]),
+        (None, ["line 202", "cut short"]),
     ],
 )
 def test_a_damaged_record_is_named_with_its_line(
@@ -1199,3 +1349,371 @@ def test_a_report_with_attacks_adds_them_to_the_records(
         images(tmp_path / "other" / split / "ant")
     arguments = ["--data", str(tmp_path / "other"), "report", str(tmp_path), "--attack"]
     assert_error(capsys, arguments, name, "other data")
+
+
+# --- files of another meaning -----------------------------------------------------------------------------------------
+
+
+def sealed(path: Path, content: bytes) -> None:
+    path.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def zipped(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr(name, "text")
+    return buffer.getvalue()
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+class Command:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("executed",)
+
+
+NOT_CHECKPOINTS = {
+    "nothing": b"",
+    "text": b"weights",
+    "numbers": bytes(range(256)) * 100,
+    "a command in a pickle": pickle.dumps(Command()),
+    "a command that torch saved": saved({"header": Command()}),
+    "a zip": zipped("text"),
+    "a zip that looks like torch's": zipped("archive/data.pkl"),
+    "half a file of torch": saved({"model": torch.zeros(1000)})[:2000],
+    "a list": saved([1, 2]),
+    "a tensor": saved(torch.zeros(3)),
+    "a dict of other keys": saved({"state_dict": {}, "epoch": 3}),
+}
+
+
+def without(key: str) -> Callable[[Record], object]:
+    return lambda state: state.pop(key)
+
+
+def with_(key: str, value: object) -> Callable[[Record], object]:
+    return lambda state: state.update({key: value})
+
+
+def with_header(key: str, value: object) -> Callable[[Record], object]:
+    return lambda state: state["header"].update({key: value})
+
+
+def with_row(key: str, value: object) -> Callable[[Record], object]:
+    return lambda state: state["log"][1].update({key: value})
+
+
+def with_tensor(part: str, key: Any, change: Callable[[torch.Tensor], object]) -> Callable[[Record], object]:
+    return lambda state: state[part].__setitem__(key, change(state[part][key]))
+
+
+# What is done to the right content, and the words of the answer.
+OTHER_MEANINGS: list[tuple[Callable[[Record], object], str]] = [
+    *((without(key), f"it lacks {key}") for key in ("header", "log", "mean", "model", "momentum")),
+    (with_("header", [1]), "header must be a dict"),
+    (with_("log", {}), "log must be a list"),
+    (with_("log", [1, 2]), "line 2: not a line of a record"),
+    (with_("model", None), "model must be a dict of tensors"),
+    (with_("model", {"head.weight": 1}), "model must be a dict of tensors"),
+    (with_("momentum", {}), "momentum must be a list of tensors"),
+    (with_("mean", torch.zeros(8, 8)), "mean must be a float32 tensor of three dimensions"),
+    (with_header("lr", 0.05), "lr = 0.05, not 0.1"),
+    (with_header("lr", torch.zeros(3)), "not those of a record"),
+    (with_header("seed", -1), "line 1: seed must be a whole number"),
+    (with_header("resumed", 5), "resumed must be a list"),
+    (with_header("mode", math.inf), "not those of a record"),
+    (with_row("epoch", 5), "line 3: epoch must be 1"),
+    (with_row("seconds", "long"), "line 3: seconds must be a number"),
+    (with_row("train_loss", math.nan), "not those of a record"),
+    (lambda state: state["log"][1].pop("train_loss"), "line 3: it lacks train_loss"),
+    (
+        lambda state: state["log"].append(state["log"][2] | {"epoch": 3}),
+        "line 5: the run has more epochs than --epochs",
+    ),
+    (lambda state: state["log"][2].update(final=True, sets={}), "line 4: "),
+    (lambda state: state["momentum"].pop(), "does not fit: its momentum of parameter 61 is missing"),
+    (lambda state: state["momentum"].append(torch.zeros(1)), "this run's missing"),
+    (lambda state: state["model"].pop("head.bias"), "does not fit: its head.bias is missing"),
+    (with_tensor("momentum", 0, lambda t: t[:, :, :2]), "momentum of parameter 0 is (1, 1, 2, 3)"),
+    (with_tensor("momentum", 0, torch.Tensor.double), "momentum of parameter 0 is (1, 1, 3, 3) torch.float64"),
+    (with_tensor("momentum", 0, torch.Tensor.to_sparse), "momentum must be a list of tensors"),
+    (with_tensor("model", "head.weight", lambda t: t.to("meta")), "model must be a dict of tensors"),
+    (with_tensor("model", "head.weight", torch.Tensor.long), "its head.weight is (10, 8) torch.int64"),
+    (with_tensor("model", "head.weight", lambda t: t[:5]), "its head.weight is (5, 8) torch.float32"),
+]
+
+
+@pytest.fixture
+def at_the_last_line(finished: Path, tmp_path: Path) -> Path:
+    """A run whose record lacks its last line, so that its checkpoint is read; the path of the checkpoint."""
+    name = "digits_lace_seed0_w1"
+    (tmp_path / f"{name}.checkpoint").write_bytes((finished / f"{name}.checkpoint").read_bytes())
+    lines = (finished / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / f"{name}.jsonl").write_text("".join(lines[:-1]))
+    return tmp_path / f"{name}.checkpoint"
+
+
+def refused_unchanged(capsys: pytest.CaptureFixture[str], arguments: list[str], checkpoint: Path, *words: str) -> None:
+    before = {file.name: file.read_bytes() for file in checkpoint.parent.iterdir()}
+    assert_error(capsys, arguments, str(checkpoint), *words)
+    assert before == {file.name: file.read_bytes() for file in checkpoint.parent.iterdir()}
+
+
+def test_a_checkpoint_with_the_right_sha256_and_other_content_is_refused(
+    at_the_last_line: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(at_the_last_line.parent)
+    for content in NOT_CHECKPOINTS.values():
+        sealed(at_the_last_line, content)
+        refused_unchanged(capsys, small(at_the_last_line.parent), at_the_last_line, "not a checkpoint")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, when it reads a sparse tensor
+def test_a_checkpoint_that_lacks_something_or_does_not_fit_is_refused_with_what_it_is(
+    at_the_last_line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = load_checkpoint(at_the_last_line, CPU)
+    assert right is not None and len(right["momentum"]) == 62
+    for change, words in OTHER_MEANINGS:
+        state = copy.deepcopy(right)
+        change(state)
+        sealed(at_the_last_line, saved(state))
+        refused_unchanged(capsys, small(at_the_last_line.parent), at_the_last_line, words)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(50_000)
+    content = saved(right | {"header": right["header"] | {"mode": nested(5000)}})
+    sys.setrecursionlimit(limit)
+    sealed(at_the_last_line, content)
+    refused_unchanged(capsys, small(at_the_last_line.parent), at_the_last_line, "not those of a record", "recursion")
+    sealed(at_the_last_line, saved(right | {"model": dict(right["model"])}))
+    assert main(small(at_the_last_line.parent)) == 0, "the rest is right"
+
+
+@pytest.mark.parametrize("command", [["export"], ["report", "--attack"]], ids=" ".join)
+def test_a_finished_runs_checkpoint_must_be_of_its_header_and_hold_its_model(
+    command: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "digits_lace_seed0_w1"
+    (tmp_path / f"{name}.jsonl").write_bytes((finished / f"{name}.jsonl").read_bytes())
+    right = load_checkpoint(finished / f"{name}.checkpoint", CPU)
+    assert right is not None
+    checkpoint, arguments = tmp_path / f"{name}.checkpoint", [command[0], str(tmp_path / f"{name}.jsonl"), *command[1:]]
+    for change, words in [
+        (with_header("lr", 0.05), "lr = 0.05, not 0.1"),
+        (with_header("data_sha256", "0"), "data_sha256 = '0'"),
+        (with_row("train_loss", 1.0), "went otherwise"),
+        (with_tensor("model", "head.weight", lambda t: t[:5]), "its head.weight is (5, 8) torch.float32"),
+    ]:
+        state = copy.deepcopy(right)
+        change(state)
+        sealed(checkpoint, saved(state))
+        refused_unchanged(capsys, arguments, checkpoint, words)
+
+
+WRONG = ['"text"', "null", "[]", "{}", "true", "-1", "0.5", "1" + "0" * 400, "1" + "0" * 5000, "NaN", "-Infinity"]
+WRONG += ["1e999", "[" * 10_000 + "]" * 10_000, '"\\ud800"', '"\\u001b[31m"']
+# The indices in WRONG of what is right for a key, other than of a whole number.
+RIGHT = {"data": [0], "data_sha256": [0, 13, 14], "device": [0, 13, 14], "threads": [1], "flip": [4], "final": [4]}
+RIGHT |= {key: [6] for key in ("strength", "lr", "lr_drop", "momentum", "weight_decay", "seconds", *FIGURES)}
+
+
+def test_a_value_of_another_kind_is_refused_with_file_line_and_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every key of a record that is ever read, with every kind of value."""
+    record(tmp_path, "ce", 0, 6.7, epochs=2)
+    file = tmp_path / "ce0.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    places = [(0, [key]) for key in lines[0]] + [(1, [key]) for key in lines[1]]
+    places += [(3, [key]) for key in lines[3] if key != "seconds"] + [(3, ["sets", "test"])]
+    places += [(3, ["sets", "train", key]) for key in lines[3]["sets"]["train"]]
+    tried = 0
+    for number, keys in places:
+        for i, text in enumerate(WRONG):
+            if i in RIGHT.get(keys[-1], []):
+                continue
+            changed = copy.deepcopy(lines)
+            inner = changed[number]
+            for key in keys[:-1]:
+                inner = inner[key]
+            inner[keys[-1]] = "HERE"
+            file.write_text("\n".join(json.dumps(line) for line in changed).replace('"HERE"', text))
+            named = [] if len(text) > 1000 or keys[-1] == "test" else [keys[-1].replace("_", "-")]
+            capsys.readouterr()
+            assert main(["report", str(file)]) == 2, (number, keys, text[:50])
+            said = capsys.readouterr().err
+            assert said.startswith(f"error: {file}, line {number + 1}: "), said
+            assert all(key in said.replace("_", "-") for key in named), said
+            assert len(said) < 500
+            tried += 1
+    assert tried > 600
+
+
+def test_lines_of_a_record_that_do_not_go_together_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path, "ce", 0, 6.7, epochs=3)
+    file = tmp_path / "ce0.jsonl"
+    header, *log, final = file.read_text().splitlines()
+    bins = json.dumps(json.loads(final)["sets"]["test"]["count"])
+    for lines, words in [
+        ([header, log[1], log[0], log[2], final], ["line 2", "epoch must be 0"]),
+        ([header, log[0], log[0], log[2], final], ["line 3", "epoch must be 1"]),
+        ([header, *log, log[2]], ["line 5", "more epochs than --epochs", "3"]),
+        ([header, *log[:2], final], ["line 4", "after 2 of its 3 epochs"]),
+        ([header, *log, final, final], ["line 6", "final"]),
+        ([header, *log, final, log[2]], ["line 6", "final"]),
+        ([header.replace("{", '{"final": true, ', 1)], ["line 1", "final"]),
+        ([header, *log, final.replace("{", '{"data": [1], ', 1)], ["line 5", "data"]),
+        ([header.replace("{", '{"seed": 1, ', 1)], ["line 1", "seed", "2 times"]),
+        ([header.replace("{", '{"versions": {"torch": NaN}, ', 1), *log, final], ["line 1"]),
+        ([header, *log, final.replace(bins, "[0, 4]", 1)], ["line 5", "'test'", "count", "15"]),
+        ([header, *log, final.replace("[0, 4, 6", "[0, -4, 6", 1)], ["line 5", "'test'", "count"]),
+        ([header, *log, final.replace("[0, 4, 6", "[0, 4.5, 6", 1)], ["line 5", "'test'", "count"]),
+        ([header, *log, final.replace('"top1_error": 1.0', '"top1_error": 100.5')], ["line 5", "top1_error", "100.5"]),
+        ([header, *log, final.replace('"sets": {"test": ', '"sets": {"other": ')], ["line 5", "test"]),
+        ([header, *log, final.replace('"nll": 1.0, "calib', '"calib')], ["line 5", "nll"]),
+        ([header + "\xff", *log, final], ["line 1", "utf-8"]),
+    ]:
+        file.write_bytes("\n".join(lines).encode("latin-1"))
+        assert_error(capsys, ["report", str(file)], str(file), *words)
+
+
+def test_a_record_that_has_no_end_is_not_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert_error(capsys, ["report", "/dev/zero"], "/dev/zero is not a file")
+
+
+def test_a_record_under_the_name_of_another_file_of_the_run_is_not_overwritten(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for suffix in (".onnx", ".lock"):
+        file = tmp_path / f"run{suffix}"
+        file.write_bytes((finished / "digits_lace_seed0_w1.jsonl").read_bytes())
+        assert_error(capsys, ["export", str(file)], str(file), ".jsonl")
+        assert file.read_bytes() == (finished / "digits_lace_seed0_w1.jsonl").read_bytes()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The first bytes of a PNG file of so many pixels, up to where they begin."""
+    ihdr = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 200) + b"IDAT"
+
+
+NOT_IMAGES = {
+    "nothing": b"",
+    "text": b"no picture",
+    "3.6e9 pixels": png_header(60_000, 60_000),
+    "a PNG without pixels": png_header(8, 8),
+    "a PNG that is damaged": png_header(8, 8) + bytes(300),
+    "a PNG whose chunks are damaged": png_header(8, 8)[:-8] + b"\0\0\0\4\1\2\3\4" * 30,
+}
+
+
+@pytest.mark.parametrize("kind", NOT_IMAGES)
+def test_a_file_that_is_no_image_is_named_also_in_training(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        images(tmp_path / "data" / split / "ant")
+    bad = tmp_path / "data" / "train" / "ant" / "1.png"
+    bad.write_bytes(NOT_IMAGES[kind])
+    assert_error(capsys, small(tmp_path, "--data", str(tmp_path / "data")), f"{bad} is not an image")
+
+
+def onnx_model(
+    batch: object = "n",
+    type_in: str = "UINT8",
+    type_out: str = "FLOAT",
+    two_inputs: bool = False,
+    two_outputs: bool = False,
+    size: object = 8,
+    filled: float = 0.0,
+    classes: object = 2,
+) -> bytes:
+    """(n, 3, 8, 8) pixels to (n, 2) logits: `filled` times the means of the channels and of all."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    given = [helper.make_tensor_value_info("x", getattr(TensorProto, type_in), [batch, 3, size, size])]
+    made = [helper.make_tensor_value_info("y", getattr(TensorProto, type_out), [batch, classes])]
+    factor = helper.make_tensor("factor", TensorProto.FLOAT, [3, 2], [filled] * 6)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["float"], ["means"], axes=[2, 3], keepdims=0),
+        helper.make_node("MatMul", ["means", "factor"], ["product"]),
+        helper.make_node("Cast", ["product"], ["y"], to=getattr(TensorProto, type_out)),
+    ]
+    if two_inputs:
+        given.append(helper.make_tensor_value_info("unused", TensorProto.FLOAT, [1]))
+    if two_outputs:
+        made.append(helper.make_tensor_value_info("means", TensorProto.FLOAT, [batch, 3]))
+    graph = helper.make_graph(nodes, "model", given, made, [factor])
+    opset = [helper.make_opsetid("", 13)]
+    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
+
+
+def test_a_model_or_an_image_that_cannot_be_used_is_named_by_deployed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    from lace_loss.train import deployed
+
+    for name in ("ant", "bee"):
+        images(tmp_path / "data" / name)
+    model, data = tmp_path / "model.onnx", tmp_path / "data"
+    right = onnx_model()
+
+    def refused(content: bytes, *words: str) -> None:
+        model.write_bytes(content)
+        capfd.readouterr()
+        assert deployed.main([str(model), str(data)]) == 2
+        last = capfd.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: ") and all(word in last for word in words), last
+
+    for content in (b"", b"no model", right[: len(right) // 2], bytes(len(right)), zipped("model"), saved({})):
+        refused(content, str(model))
+    refused(onnx_model(type_in="FLOAT"), str(model), "tensor(float)", "one input, tensor(uint8)")
+    refused(onnx_model(type_out="DOUBLE"), str(model), "tensor(double)", "one output")
+    refused(onnx_model(two_inputs=True), str(model), "tensor(uint8)", "[1]")
+    refused(onnx_model(two_outputs=True), str(model), "one output")
+    refused(onnx_model(batch=4), str(model), "any number")
+    refused(onnx_model(size="side"), str(model), "'side'", "height")
+    refused(onnx_model(filled=math.nan), str(model), str(data / "ant" / "0.png"), "not finite")
+    refused(onnx_model(filled=math.inf), str(model), str(data / "ant" / "0.png"), "not finite")
+    refused(onnx_model(size=4), str(data / "ant" / "0.png"), "8x8 pixels", "4x4")
+    bad = data / "bee" / "1.png"
+    for content in NOT_IMAGES.values():
+        bad.write_bytes(content)
+        refused(right, f"{bad} is not an image")
+    bad.unlink()
+    bad.mkdir()
+    refused(right, f"{bad} is not an image")
+    bad.rmdir()
+    images(data / "cat")
+    refused(right, str(data), "3 classes, the model 2")
+    for folder in ("none", "data/ant", "model.onnx"):
+        assert deployed.main([str(model), str(tmp_path / folder)]) == 2
+        assert f"there is no {tmp_path / folder}/CLASS/IMAGE" in capfd.readouterr().err
+    for other in (tmp_path, tmp_path / "none.onnx"):
+        assert deployed.main([str(other), str(data)]) == 2
+        assert f"there is no file {other}" in capfd.readouterr().err
+    images(data / "cat", n=0)
+    for file in (*(data / "cat").iterdir(), data / "cat"):
+        file.unlink() if file.is_file() else file.rmdir()
+    model.write_bytes(right)
+    assert deployed.main([str(model), str(data)]) == 0, "the rest is right"
+    assert json.loads(capfd.readouterr().out)["count"] == 5

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +23,8 @@ from .attack import attack
 from .config import DIGITS, Config, TrainError
 from .data import load
 from .export import export
-from .loop import Run, from_all, is_another_process, is_out_of_memory, train
+from .loop import Run, train
+from .processes import from_all, is_another_process, is_out_of_memory
 from .report import record_files, report
 
 
@@ -144,8 +146,11 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     made = {"mode": "graph" if graph else "eager", "replicas": replicas, "command": command}
     images = len(configs) * configs[0].epochs * len(data.images)
     hidden = True if is_another_process() else None
-    with tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=hidden) as bar:
-        runs = [Run(config, data, args.out, made, bar) for config in configs]
+    with (
+        tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=hidden) as bar,
+        ExitStack() as locks,
+    ):
+        runs = [Run(config, data, args.out, made, bar, locks) for config in configs]
         train(runs, graph, replicas, args.max_seconds)
     return [run.record_path for run in runs if run.record_path.exists()]
 

@@ -14,8 +14,9 @@ from lace_loss.ext.torch import lace_loss
 
 from .config import TrainError
 from .data import Data, load, normalised
+from .lock import owned
 from .loop import evaluation_logits, figures, logits_of, network
-from .store import finished_checkpoint, record_lines, write_record
+from .store import finished_checkpoint, load_weights, record_lines, write_record
 
 EPSILON = 8.0  # of 255
 STEPS, STEP = 10, 2.0  # of PGD
@@ -24,29 +25,34 @@ STEPS, STEP = 10, 2.0  # of PGD
 def attack(files: list[Path], data: str, root: str, device: torch.device) -> None:
     """Add the figures under both attacks, as `sets`, to the records of finished runs whose checkpoints are beside them.
 
-    Raises TrainError where the data are not those of the run, or its checkpoint is not beside it.
+    Raises TrainError where the data are not those of the run, its checkpoint is not beside it, or another process works
+    on the run.
     """
     loaded: dict[tuple[int, int], Data] = {}
     for file in files:
-        header, log, final = record_lines(file)
+        _, _, final = record_lines(file)
         if not final or "pgd" in final["sets"]:
             continue
-        form = (header["shrink"], header["subset"])
-        images = loaded[form] = loaded.get(form) or load(data, root, device, *form)
-        if images.sha256 != header["data_sha256"]:
-            raise TrainError(f"{file} is of other data than --data {data}: its data_sha256 is {header['data_sha256']}")
-        state, precision = finished_checkpoint(file, log, device), header["precision"]
-        model = network(header["width"], images)
-        model.load_state_dict(state["model"])
-        model.eval()
-        torch.manual_seed(0)
-        for name, steps in (("fgsm", 1), ("pgd", STEPS)):
-            parts = zip(torch.split(images.test_images, 1000), torch.split(images.test_labels, 1000), strict=True)
-            changed = torch.cat([adversarial(model, x, y, images.mean, steps, precision) for x, y in parts])
-            final["sets"][name] = figures(evaluation_logits(model, changed, images.mean, precision), images.test_labels)
-            found = final["sets"][name]["top1_error"]
-            print(f"{file.stem}: {found:.2f} % top-1 error under {name.upper()}", file=sys.stderr)
-        write_record(file, header, log, final)
+        with owned(file):
+            header, log, final = record_lines(file)
+            form = (header["shrink"], header["subset"])
+            images = loaded[form] = loaded.get(form) or load(data, root, device, *form)
+            if images.sha256 != header["data_sha256"]:
+                other = f"its data_sha256 is {header['data_sha256']}"
+                raise TrainError(f"{file} is of other data than --data {data}: {other}")
+            state, precision = finished_checkpoint(file, header, log, device), header["precision"]
+            model = network(header["width"], images)
+            load_weights(file.with_suffix(".checkpoint"), state, model)
+            model.eval()
+            torch.manual_seed(0)
+            for name, steps in (("fgsm", 1), ("pgd", STEPS)):
+                parts = zip(torch.split(images.test_images, 1000), torch.split(images.test_labels, 1000), strict=True)
+                changed = torch.cat([adversarial(model, x, y, images.mean, steps, precision) for x, y in parts])
+                logits = evaluation_logits(model, changed, images.mean, precision)
+                final["sets"][name] = figures(logits, images.test_labels)
+                found = final["sets"][name]["top1_error"]
+                print(f"{file.stem}: {found:.2f} % top-1 error under {name.upper()}", file=sys.stderr)
+            write_record(file, header, log, final)
 
 
 def adversarial(

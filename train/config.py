@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+# Of every setting that is a whole number: sizes of layers stay below 2**63, so that the memory is what ends first.
+MOST = 1 << 24
+
 
 class TrainError(Exception):
     """A wrong setting, data folder, record or checkpoint; shown as one line."""
@@ -45,13 +48,20 @@ class Config:
                 raise TrainError(f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(self, name)}")
         if self.batch == 1:
             raise TrainError("--batch must be at least 2: batch normalisation needs two images")
-        for name, choices in (("precision", ("float32", "bfloat16")), ("schedule", ("steps", "triangle"))):
+        for name, choices in (
+            ("loss", ("ce", "lace", "focal")),
+            ("precision", ("float32", "bfloat16")),
+            ("schedule", ("steps", "triangle")),
+        ):
             if getattr(self, name) not in choices:
                 raise TrainError(f"--{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
         for names, least in (("width epochs batch lr_step shrink test_every", 1), ("pad subset", 0)):
             for name in names.split():
-                if getattr(self, name) < least:
-                    raise TrainError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+                if not least <= getattr(self, name) <= MOST:
+                    rule = f"at least {least} and at most {MOST}"
+                    raise TrainError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(self, name)}")
+        if not self.data.isprintable():
+            raise TrainError(f"--data must have a name of printable characters, got {self.data!r}")
         if not 0 <= self.strength <= 1:
             raise TrainError(f"--strength must be in [0, 1], got {self.strength}")
 

@@ -163,7 +163,7 @@ def folder(path: Path) -> tuple[Arrays, int]:
     for file, _ in tqdm(samples, desc=f"reading {path.name}", unit=" images", disable=None):
         try:
             image = np.asarray(train.loader(file))
-        except OSError as error:
+        except Exception as error:  # Pillow has one for most of the formats, and one for an image that is too large
             raise TrainError(f"{file} is not an image: {error}") from error
         if pixels and image.shape != pixels[0].shape:
             (height, width), (rows, columns) = pixels[0].shape[:2], image.shape[:2]

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import TrainError
+from .lock import owned
 from .model import ResNet18
-from .store import finished_checkpoint, read_record
+from .store import finished_checkpoint, load_weights, record_lines
 
 
 class FromPixels(nn.Module):
@@ -32,23 +33,25 @@ class FromPixels(nn.Module):
 def export(record_path: Path) -> Path:
     """Write the model of a run beside its record, and return the path of the file.
 
-    Raises TrainError where the run is not finished, its checkpoint is not beside it, or onnx is not installed.
+    Raises TrainError where the run is not finished, its checkpoint is not beside it, another process works on the run,
+    or onnx is not installed.
     """
-    record = read_record(record_path)
-    if "final" not in record:
+    header, log, final = record_lines(record_path)
+    if not final:
         raise TrainError(f"{record_path} is of a run that is not finished")
-    state = finished_checkpoint(record_path, record["epochs_log"], torch.device("cpu"))
-    mean, shrink = state["mean"], record["shrink"]
-    channels, height, width = mean.shape
-    model = ResNet18(record["width"], record["classes"], channels)
-    model.load_state_dict(state["model"])
-    whole = FromPixels(model, mean, shrink).eval()
-    images = torch.zeros(2, channels, height * shrink, width * shrink, dtype=torch.uint8)
     path = record_path.with_suffix(".onnx")
-    try:
-        program = torch.onnx.export(whole, (images,), dynamo=True, dynamic_shapes=({0: "n"},), verbose=False)
-    except ModuleNotFoundError as error:
-        raise TrainError(f"an export needs {error.name}: pip install 'lace-loss[integrations]'") from error
-    assert program is not None
-    program.save(path)
+    with owned(record_path):
+        state = finished_checkpoint(record_path, header, log, torch.device("cpu"))
+        mean, shrink = state["mean"], header["shrink"]
+        channels, height, width = mean.shape
+        model = ResNet18(header["width"], header["classes"], channels)
+        load_weights(record_path.with_suffix(".checkpoint"), state, model)
+        whole = FromPixels(model, mean, shrink).eval()
+        images = torch.zeros(2, channels, height * shrink, width * shrink, dtype=torch.uint8)
+        try:
+            program = torch.onnx.export(whole, (images,), dynamo=True, dynamic_shapes=({0: "n"},), verbose=False)
+        except ModuleNotFoundError as error:
+            raise TrainError(f"an export needs {error.name}: pip install 'lace-loss[integrations]'") from error
+        assert program is not None
+        program.save(path)
     return path

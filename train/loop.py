@@ -7,9 +7,9 @@ optimizer's momentum and the log of the epochs before are all that a run needs t
 import copy
 import sys
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn, TypeVar, cast
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,23 +24,23 @@ from lace_loss.ext.torch import lace_loss
 
 from .config import Config, TrainError
 from .data import Data, crop, draws, flip, normalised
+from .lock import owned
 from .model import ResNet18
 from .probabilities import qualities
+from .processes import from_first, is_another_process, is_out_of_memory, too_late
+from .schema import FIGURES, TESTED, Record
 from .store import (
-    FIGURES,
-    TESTED,
-    Record,
     describe,
     load_checkpoint,
     previous,
     read_record,
+    refuse_misfit,
     refuse_other,
     save_checkpoint,
+    tensors,
     write_logits,
     write_record,
 )
-
-Found = TypeVar("Found")
 
 SAVING_SHARE = 0.02  # of the time, at most, goes into checkpoints
 
@@ -82,9 +82,9 @@ class Replica:
         return {"model": self.model.state_dict(), "momentum": self.momentum}
 
     def restore(self, state: Record) -> None:
-        self.model.load_state_dict(state["model"])
-        for buffer, saved in zip(self.momentum, state["momentum"], strict=True):
-            buffer.copy_(saved)
+        saved = tensors(state)
+        for name, tensor in tensors(self.state()).items():
+            tensor.copy_(saved[name])
 
     def begin(self, epoch: int) -> float:
         """Order and augmentation of this epoch; returns its first learning rate."""
@@ -167,27 +167,34 @@ class Replica:
 class Run:
     """One configuration's training and its files, which only the first of several processes writes.
 
-    Raises TrainError where files in `out` belong to another run, no checkpoint is whole, or the loss, a gradient or a
-    weight is not finite.
+    The files are this process's own until the run is finished, or else until `locks` are closed.
+
+    Raises TrainError where another process works on the run, files in `out` belong to another run, no checkpoint is
+    whole, or the loss, a gradient or a weight is not finite.
     """
 
-    def __init__(self, config: Config, data: Data, out: Path, made: Record, bar: "tqdm[NoReturn]") -> None:
+    def __init__(
+        self, config: Config, data: Data, out: Path, made: Record, bar: "tqdm[NoReturn]", locks: ExitStack
+    ) -> None:
         strength = "" if config.loss != "lace" or config.strength == 1 else f"{config.strength:g}"
         self.name = f"{config.data}_{config.loss}{strength}_seed{config.seed}_w{config.width}"
         self.config, self.data, self.bar = config, data, bar
         self.record_path, self.checkpoint_path = out / f"{self.name}.jsonl", out / f"{self.name}.checkpoint"
         self.header, self.log = describe(config, data, made), list[Record]()
         self.finished = False
+        self.lock = locks.enter_context(ExitStack())  # closed by itself where the run ends before the command does
         n = len(data.images)
         if n % config.batch == 1:
             raise TrainError(f"batch normalisation needs two images: {n} in batches of {config.batch} leave one over")
         if from_first(self.find_record):
             self.finished = True
+            self.lock.close()
             self.say("already finished")
             bar.total = (bar.total or 0) - config.epochs * n
 
     def find_record(self) -> bool:
         """Whether there is a finished one."""
+        self.lock.enter_context(owned(self.record_path))
         if not self.record_path.exists():
             return False
         record = read_record(self.record_path)
@@ -198,6 +205,7 @@ class Run:
         state = load_checkpoint(self.checkpoint_path, torch.device("cpu"))
         if state:
             refuse_other(self.checkpoint_path, state["header"], self.header)
+            refuse_misfit(self.checkpoint_path, state, self.replica.state())
         return state
 
     def load(self) -> None:
@@ -207,7 +215,7 @@ class Run:
         if state := from_first(self.find_checkpoint):
             by = {key: self.header[key] for key in ("versions", "commit")}
             self.header, self.log = state["header"], state["log"]
-            if any(self.header[key] != by[key] for key in by):
+            if any(self.header.get(key) != by[key] for key in by):
                 change = {"after_epoch": len(self.log), **by}
                 self.header = self.header | {"resumed": [*self.header.get("resumed", []), change]}
             self.replica.restore(state)
@@ -216,7 +224,7 @@ class Run:
             self.bar.total = (self.bar.total or 0) - self.saved * len(self.data.images)
         if not is_another_process():
             write_record(self.record_path, self.header, self.log)
-        if len(self.log) == self.config.epochs:  # killed between its last checkpoint and the record's last line
+        if len(self.log) >= self.config.epochs:  # killed between its last checkpoint and the record's last line
             self.finish()
 
     def begin(self) -> None:
@@ -363,53 +371,12 @@ def train(runs: list[Run], graph: bool, replicas: int, max_seconds: float) -> No
 
 
 def unfinished(wave: list[Run]) -> list[Run]:
-    """Those that go on; the others let go of their models, graphs and memory."""
+    """Those that go on; the others let go of their models, graphs, memory and files."""
     for run in wave:
         if run.finished:
             del run.replica
+            run.lock.close()
     return [run for run in wave if not run.finished]
-
-
-def is_another_process() -> bool:
-    """Whether torchrun started this process beside the first one, which has the files and speaks to the user."""
-    return dist.is_initialized() and dist.get_rank() > 0
-
-
-def from_all(value: Found) -> list[Found]:
-    """The value of every process, the first one's first."""
-    values = [value]
-    if dist.is_initialized():
-        values *= dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values
-
-
-def from_first(find: Callable[[], Found]) -> Found:
-    """What the first process finds or raises, in all of them, whose folders may be others."""
-    found: Found | TrainError | OSError | None = None
-    if not is_another_process():
-        try:
-            found = find()
-        except (TrainError, OSError) as error:
-            found = error
-    found = from_all(found)[0]
-    if isinstance(found, Exception):
-        raise found
-    return cast("Found", found)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU (its driver's and libraries' are no OutOfMemoryError) or a CPU."""
-    signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
-
-
-def too_late(seconds: float) -> bool:
-    """Whether `seconds` is above 0 in any process."""
-    late = torch.tensor(seconds > 0, dtype=torch.int)
-    if dist.is_initialized():
-        dist.all_reduce(late)
-    return bool(late)
 
 
 def logits_of(model: nn.Module, images: Tensor, precision: str) -> Tensor:

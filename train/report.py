@@ -15,7 +15,8 @@ import numpy as np
 from scipy.stats import ttest_ind
 
 from .config import Config, TrainError
-from .store import Record, read_record
+from .schema import Record
+from .store import read_record
 
 PAPER = {"ce": 6.7, "lace": 6.2}  # top-5 test error in percent, CIFAR-100
 # Runs on the same data and with the same RECIPE compare; these tell them apart.

@@ -11,6 +11,7 @@ A checkpoint is the SHA-256 of what follows, in hexadecimal, a line feed, and a 
 record's epochs), mean of the images, model, momentum. The generation before stays beside it until the run is finished.
 """
 
+import glob
 import hashlib
 import importlib.metadata
 import io
@@ -19,26 +20,37 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.backends.cpu import get_cpu_capability as cpu_capability
 
 from .config import Config, TrainError
 from .data import Data
+from .processes import is_out_of_memory
+from .schema import IDENTITY, Kind, Record, parsed, require
 
-Record = dict[str, Any]
 
-TRAINED = ("train_loss", "train_top1_error", "grad_norm")  # of every epoch
-TESTED = ("top1_error", "top5_error", "nll", "calibration_error")  # of those with a test
-FIGURES = (*TRAINED, *TESTED)  # of a finished run
-SIZES = ("train_images", "test_images", "unused_images", "classes")
-# What must not change within a run. The commit may: one that edits the README must not strand a long run.
-IDENTITY = (*(f.name for f in fields(Config)), "data_sha256", "device", "threads")
+def is_dense(value: Any) -> bool:
+    """Whether it is a tensor with an element for every place, which can be copied from."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+CHECKPOINT: dict[str, Kind] = {
+    "header": ("a dict", lambda x: isinstance(x, dict)),
+    "log": ("a list", lambda x: isinstance(x, list)),
+    "mean": (
+        "a float32 tensor of three dimensions",
+        lambda x: is_dense(x) and x.dtype == torch.float32 and x.dim() == 3 and x.numel() > 0,
+    ),
+    "model": ("a dict of tensors", lambda x: isinstance(x, dict) and all(map(is_dense, x.values()))),
+    "momentum": ("a list of tensors", lambda x: isinstance(x, list) and all(map(is_dense, x))),
+}
 
 
 def describe(config: Config, data: Data, made: Record) -> Record:
@@ -88,13 +100,15 @@ def commit() -> str | None:
         return None
 
 
+def difference(found: Record, header: Record) -> str:
+    """The first setting that keeps them from being headers of one run, in words; empty where there is none."""
+    other = (f"{key} = {found[key]!r}, not {header[key]!r}" for key in IDENTITY if found[key] != header[key])
+    return next(other, "")
+
+
 def refuse_other(path: Path, found: Record, header: Record) -> None:
-    for key in IDENTITY:
-        if found.get(key) != header[key]:
-            raise TrainError(
-                f"{path} is of a run with {key} = {found.get(key)!r}, this one has {header[key]!r}:"
-                " choose another --out"
-            )
+    if other := difference(found, header):
+        raise TrainError(f"{path} is of a run with {other}: choose another --out")
 
 
 def write(path: Path, content: bytes, keep: Path | None = None) -> None:
@@ -102,23 +116,36 @@ def write(path: Path, content: bytes, keep: Path | None = None) -> None:
 
     Raises TrainError, and leaves everything as it was, where there is no room.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no other process writes to it
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise TrainError(f"{path} cannot be written and is left as it was: {error}") from error
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise TrainError(f"{path} cannot be written and is left as it was: {error}") from error
-    if keep and path.exists():
-        os.replace(path, keep)
-    os.replace(temporary, path)
+
+
+def remove_temporaries(record_path: Path) -> None:
+    """Those that processes left which were killed in `write`; for the one process that works on the run."""
+    for suffix in (".jsonl", ".checkpoint", ".logits.npz"):
+        for left in record_path.parent.glob(glob.escape(record_path.stem + suffix) + ".*tmp"):
+            left.unlink(missing_ok=True)
+
+
+def record_text(header: Record, log: list[Record], final: Record | None = None) -> bytes:
+    lines = [header, *log, final] if final else [header, *log]
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
 
 
 def write_record(path: Path, header: Record, log: list[Record], final: Record | None = None) -> None:
-    lines = [header, *log, final] if final else [header, *log]
-    write(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+    write(path, record_text(header, log, final))
 
 
 def record_lines(path: Path) -> tuple[Record, list[Record], Record]:
@@ -126,19 +153,9 @@ def record_lines(path: Path) -> tuple[Record, list[Record], Record]:
 
     Raises TrainError, which names the file and the line, for what is not a record.
     """
-    lines: list[Record] = []
-    for number, text in enumerate(path.read_text(errors="replace").splitlines() or [""], 1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise TrainError(f"{path}, line {number}: not JSON, perhaps cut short") from error
-        final = isinstance(lines[-1], dict) and "final" in lines[-1]
-        required = (*IDENTITY, *SIZES) if number == 1 else (*FIGURES, "sets") if final else TRAINED
-        if not isinstance(lines[-1], dict) or (missing := [key for key in required if key not in lines[-1]]):
-            lacks = f": it lacks {', '.join(missing)}" if isinstance(lines[-1], dict) else ""
-            raise TrainError(f"{path}, line {number}: not a line of a record{lacks}")
-    header, *log = lines
-    return header, log, log.pop() if log and "final" in log[-1] else {}
+    if not path.is_file():  # a device or a pipe may have no end
+        raise TrainError(f"{path} is not a file")
+    return parsed(path, path.read_bytes())
 
 
 def read_record(path: Path) -> Record:
@@ -168,7 +185,7 @@ def save_checkpoint(path: Path, state: Record) -> None:
 def load_checkpoint(path: Path, device: torch.device) -> Record | None:
     """The newest generation that is whole, or None where there was none yet.
 
-    Raises TrainError where every generation is damaged.
+    Raises TrainError where every generation is damaged, or one is whole but no checkpoint.
     """
     damaged: list[Path] = []
     for file in (path, previous(path)):
@@ -176,10 +193,10 @@ def load_checkpoint(path: Path, device: torch.device) -> Record | None:
             continue
         digest, _, content = file.read_bytes().partition(b"\n")
         if hashlib.sha256(content).hexdigest().encode() == digest:
+            state = unpacked(file, content, device)
             for bad in damaged:
                 print(f"{bad} is damaged: going back to {file}", file=sys.stderr)
                 bad.unlink()  # or the next save would put it in the place of the good one
-            state: Record = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
             return state
         damaged.append(file)
     if damaged:
@@ -187,8 +204,57 @@ def load_checkpoint(path: Path, device: torch.device) -> Record | None:
     return None
 
 
-def finished_checkpoint(record_path: Path, log: list[Record], device: torch.device) -> Record:
-    """The checkpoint of a finished run, which lies beside its record, whose epochs' lines are `log`.
+def unpacked(path: Path, content: bytes, device: torch.device) -> Record:
+    """What `save_checkpoint` was given. Raises TrainError for content of another meaning."""
+    wrong = f"{path} is whole (SHA-256 is right), but not a checkpoint"
+    try:
+        state: Record = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except Exception as error:  # what it raises for content that torch did not save is written nowhere
+        if is_out_of_memory(error):
+            raise
+        raise TrainError(f"{wrong} that this torch reads: {type(error).__name__}") from error
+    if not isinstance(state, dict):
+        raise TrainError(f"{wrong}: it holds no dict, but {type(state).__name__}")
+    require(wrong, state, CHECKPOINT)
+    try:
+        text = record_text(state["header"], state["log"])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TrainError(f"{wrong}: header and log are not those of a record: {error}") from error
+    header, log, final = parsed(f"{path}, header and log", text)
+    if final:
+        raise TrainError(f"{wrong}: its log has the last line of a record")
+    return state | {"header": header, "log": log}
+
+
+def tensors(state: Record) -> dict[str, Tensor]:
+    """Those of the model and, where it is there, of the momentum, by name."""
+    return state["model"] | {f"momentum of parameter {i}": t for i, t in enumerate(state.get("momentum", []))}
+
+
+def refuse_misfit(path: Path, state: Record, ours: Record) -> None:
+    """Raises TrainError unless the tensors of the checkpoint have the names, shapes and types of ours."""
+    found, expected = (
+        {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors(part).items()}
+        for part in (state, ours)
+    )
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise TrainError(
+                f"{path} does not fit: its {name} is {found.get(name, 'missing')},"
+                f" and this run's {expected.get(name, 'missing')}"
+            )
+
+
+def load_weights(path: Path, state: Record, model: nn.Module) -> None:
+    """Into the model from a checkpoint. Raises TrainError where they do not fit."""
+    ours = model.state_dict()
+    refuse_misfit(path, {"model": state["model"]}, {"model": ours})
+    for name, tensor in ours.items():
+        tensor.copy_(state["model"][name])
+
+
+def finished_checkpoint(record_path: Path, header: Record, log: list[Record], device: torch.device) -> Record:
+    """The checkpoint of a finished run, which lies beside its record, whose header and epochs' lines these are.
 
     Raises TrainError where there is none, or one of another run or epoch.
     """
@@ -196,6 +262,7 @@ def finished_checkpoint(record_path: Path, log: list[Record], device: torch.devi
     state = load_checkpoint(path, device)
     if state is None:
         raise TrainError(f"{record_path} has its weights in {path}, which is not there")
-    if state["log"] != log:
-        raise TrainError(f"{path} is not of the run that {record_path} records: its epochs went otherwise")
+    other = difference(state["header"], header)
+    if other or state["log"] != log:
+        raise TrainError(f"{path} is not of the run that {record_path} records: {other or 'its epochs went otherwise'}")
     return state
