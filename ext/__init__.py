@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import index
 from typing import Any, TypedDict, Unpack
 
@@ -55,12 +57,15 @@ def forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Options]) ->
     ------
     TypeError for a dtype, ValueError for a shape or an option, IndexError for a class that does not exist.
     """
-    return _run(np.asarray(logits), target, None, 1.0, None, **options)
+    return _run(_array("logits", logits), target, None, 1.0, None, **options)
 
 
 def backward(logits: ArrayLike, target: ArrayLike, grad_output: ArrayLike = 1.0, **options: Unpack[Options]) -> Array:
     """Gradient of `forward` with respect to the logits, times `grad_output`: a number or, for "none", one a sample."""
-    return forward_backward(logits, target, grad_output, **options)[1]
+    z = _native(_array("logits", logits))
+    gradient = np.empty(z.shape, z.dtype)
+    _run(z, target, gradient, grad_output, None, **options)
+    return gradient
 
 
 def forward_backward(
@@ -80,10 +85,12 @@ def forward_backward(
         error its contents are undefined.
     threads : at most so many, by default the number of processors. The result does not depend on it.
     """
-    z = np.asarray(logits)
+    z = _native(_array("logits", logits))
     if out is None:
         gradient = np.empty(z.shape, z.dtype)
     else:
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
         gradient = out
         if out.shape != z.shape or out.dtype != z.dtype or not out.flags.writeable:
             kind = "writable" if out.flags.writeable else "read-only"
@@ -94,7 +101,7 @@ def forward_backward(
         for values in (z, target, grad_output, options.get("weight")):
             if values is not None and type(values) is not float and np.may_share_memory(out, np.asarray(values)):
                 raise ValueError("out shares memory with an input")
-    if threads is not None and threads < 1:
+    if threads is not None and (threads := index(threads)) < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     return _run(z, target, gradient, grad_output, threads, **options), gradient
 
@@ -145,7 +152,7 @@ def evaluate(
     ------
     As `forward`; ValueError also for logits without a softmax: with a NaN or +inf, or all -inf.
     """
-    z, y = np.asarray(logits), np.asarray(target)
+    z, y = _array("logits", logits), _array("target", target)
     if z.ndim < 2:
         z, y = z[None], y[None]
     if y.shape[:1] != z.shape[:1]:
@@ -223,7 +230,8 @@ class Tally:
         )
         for k in self.hits:
             self.hits[k] += int(np.count_nonzero(rank < k))
-        place = np.ceil(q * _BINS).astype(np.intp) - 1
+        # Bounded as an integer, whatever q is: bincount writes outside of its memory for a large one.
+        place = np.clip(np.ceil(q * _BINS).astype(np.intp) - 1, 0, _BINS - 1)
         self.bins += [np.bincount(place, values, _BINS) for values in (np.ones_like(q), q, right)]
 
     def figures(self) -> Evaluation:
@@ -257,6 +265,7 @@ def _run(
     threads: int | None,
     statistics: tuple[Array, Array, Array] | None = None,
     first: int = 0,
+    /,  # what follows alone is the caller's to name
     *,
     weight: ArrayLike | None = None,
     ignore_index: int = -100,
@@ -264,9 +273,11 @@ def _run(
     label_smoothing: float = 0.0,
     strength: float = 1.0,
 ) -> Any:
-    dtype, y, ignore_index = logits.dtype, np.asarray(target), index(ignore_index)
-    if dtype not in _DTYPES:
-        raise TypeError(f"logits must be float32 or float64, got {dtype}")
+    y, ignore_index = _array("target", target), index(ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits with a sign, got {ignore_index}")
+    logits = _native(logits)
+    dtype = logits.dtype
     axis = _class_axis(logits)
     if logits.ndim == 0 or logits.shape[axis] == 0:
         raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {logits.shape}")
@@ -293,9 +304,10 @@ def _run(
     elif kind in "iu":
         if y.shape != shape:
             raise ValueError(f"an integer target must have shape {shape} for logits of {logits.shape}, got {y.shape}")
-        # A uint64 beyond int64 is no class; wrapped it might be ignore_index.
-        indices = np.minimum(y, np.uint64(2**63 - 1)) if kind == "u" and y.dtype == np.uint64 else y
-        indices = np.ascontiguousarray(indices, np.int64)
+        # Converted, a class beyond int64 would be a negative number, perhaps ignore_index.
+        if kind == "u" and y.itemsize == 8 and len(beyond := np.argwhere(y > np.uint64(2**63 - 1))):
+            raise _no_class(y, beyond[0].tolist(), first, classes)
+        indices = np.ascontiguousarray(y if y.flags.aligned else y.copy(), np.int64)
     else:
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
 
@@ -310,7 +322,8 @@ def _run(
     rows = each = None
     above = 1.0
     if gradient is not None:
-        rows = np.asarray(gradient, order="C") if planes else _classes_last(gradient)
+        place = gradient if gradient.flags.aligned else gradient.copy()
+        rows = np.asarray(place, order="C") if planes else _classes_last(place)
         if type(grad_output) is float:
             above = grad_output
         else:
@@ -331,11 +344,7 @@ def _run(
     )
     wrong = job.run(0, n) if logits.size < _WORTH_THREADS else _in_threads(job, threads)
     if wrong >= 0:
-        place = [int(i) for i in np.unravel_index(wrong, shape)]
-        value = y[tuple(place)]
-        if place:
-            place[0] += first
-        raise IndexError(f"target{place or ''} is {value}, not a class: 0 to {classes - 1}")
+        raise _no_class(y, [int(i) for i in np.unravel_index(wrong, shape)], first, classes)
     if gradient is not None and rows is not None and rows is not gradient and not np.may_share_memory(rows, gradient):
         if planes:
             gradient[...] = rows
@@ -346,16 +355,42 @@ def _run(
     return loss[()]
 
 
+def _no_class(y: Array, place: list[int], first: int, classes: int) -> IndexError:
+    """The error of the target at this place, where rows are counted from `first`."""
+    shown = [place[0] + first, *place[1:]] if place else ""
+    return IndexError(f"target{shown} is {y[tuple(place)]}, not a class: 0 to {classes - 1}")
+
+
 def _in_threads(job: _cpu.Job, threads: int | None) -> int:
     """Run the job; the first row whose class does not exist, or -1."""
     parts = job.n * job.k // _LOGITS_WORTH_A_THREAD
     if parts < 2 or (parts := min(threads or os.cpu_count() or 1, parts)) < 2:
         return job.run(0, job.n)
     global _pool
-    _pool = _pool or ThreadPoolExecutor()
     edges = [job.n * i // parts for i in range(parts + 1)]
-    others = _pool.map(job.run, edges[1:-1], edges[2:])
-    return min((row for row in (job.run(0, edges[1]), *others) if row >= 0), default=-1)
+    left, wrong = list(pairwise(edges)), list[int]()
+
+    def work() -> None:
+        while left:
+            try:
+                part = left.pop()
+            except IndexError:  # another thread took the last one
+                return
+            wrong.append(job.run(*part))
+
+    helpers = list[Future[None]]()
+    try:
+        _pool = _pool or ThreadPoolExecutor()
+        # No thread may be had: the system has none to give, or the interpreter is ending. Then the others do its part.
+        with suppress(RuntimeError):
+            helpers += (_pool.submit(work) for _ in range(parts - 1))
+        work()
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+    finally:
+        left.clear()  # after an error no part is begun any more
+    return min((row for row in wrong if row >= 0), default=-1)
 
 
 def _forget_threads() -> None:
@@ -368,10 +403,26 @@ os.register_at_fork(after_in_child=_forget_threads)  # a child has none of its p
 
 
 def _numbers(name: str, values: ArrayLike, dtype: np.dtype[Any]) -> Array:
-    array = np.asarray(values)
+    array = _array(name, values)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
-    return np.asarray(array, dtype, order="C")
+    return np.asarray(array if array.flags.aligned else array.copy(), dtype, order="C")
+
+
+def _array(name: str, values: ArrayLike) -> Array:
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name} has a mask, which would not be looked at: fill it, or use ignore_index")
+    return np.asarray(values)
+
+
+def _native(logits: Array) -> Array:
+    """Logits of float32 or float64 in this machine's byte order, aligned to their type."""
+    if logits.dtype in _DTYPES and logits.flags.aligned:
+        return logits
+    dtype = logits.dtype.newbyteorder("=")
+    if dtype not in _DTYPES:
+        raise TypeError(f"logits must be float32 or float64, got {logits.dtype}")
+    return logits.astype(dtype)
 
 
 def _class_axis(x: Array) -> int:

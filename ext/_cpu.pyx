@@ -39,7 +39,7 @@ cdef extern from "lace.h" nogil:
         double *probability
         int64_t *rank
 
-    void lace_sum_f32(float *sum, const float *values, size_t n)
+    void lace_sum_f32(double *sum, const float *values, size_t n)
     void lace_sum_f64(double *sum, const double *values, size_t n)
 
 
@@ -60,6 +60,50 @@ cdef extern from "lace_builds.h" nogil:
                                const lace_options_f64 *options) noexcept nogil
 
     const lace_build *lace_builds(size_t *count)
+
+
+# The arithmetic that the kernel is made for: rounding to nearest, subnormal numbers kept. Any thread may have been told
+# otherwise, by torch.set_flush_denormal or a library that was built with -ffast-math.
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #if defined(__SSE2__) || defined(_M_X64)
+    #include <xmmintrin.h>
+    static unsigned long long lace_default_arithmetic(void)
+    {
+        const unsigned mode = _mm_getcsr();
+        if ((mode & 0xffc0) != 0x1f80) _mm_setcsr(0x1f80);
+        return mode;
+    }
+    static void lace_restore_arithmetic(unsigned long long mode)
+    {
+        if ((mode & 0xffc0) != 0x1f80) _mm_setcsr((unsigned)mode);
+    }
+    #elif defined(__aarch64__) && defined(__GNUC__)
+    static void lace_restore_arithmetic(unsigned long long mode)
+    {
+        __asm__ volatile("msr fpcr, %0" : : "r"(mode));
+    }
+    static unsigned long long lace_default_arithmetic(void)
+    {
+        unsigned long long mode;
+        __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+        if (mode) lace_restore_arithmetic(0);
+        return mode;
+    }
+    #else
+    static unsigned long long lace_default_arithmetic(void) { return 0; }
+    static void lace_restore_arithmetic(unsigned long long mode) { (void)mode; }
+    #endif
+
+    static int64_t lace_read_once(const int64_t *value)
+    {
+        return *(const volatile int64_t *)value; /* another thread may write to it */
+    }
+    """
+    unsigned long long lace_default_arithmetic() noexcept nogil
+    void lace_restore_arithmetic(unsigned long long mode) noexcept nogil
+    int64_t lace_read_once(const int64_t *value) noexcept nogil
 
 
 cdef extern from *:
@@ -123,9 +167,14 @@ cdef void *address(object array, int flags) except? NULL:
     if isinstance(array, int):
         return <void *> <size_t> array
     if not PyObject_CheckBuffer(array):
-        return <void *> <size_t> array.data_ptr()
+        found = array.data_ptr()
+        if not found and array.numel():
+            raise RuntimeError(f"a tensor of shape {tuple(array.shape)} has no storage: its data is not allocated")
+        return <void *> <size_t> found
     PyObject_GetBuffer(array, &view, flags)
     PyBuffer_Release(&view)
+    if view.buf is NULL and view.len > 0:
+        raise ValueError(f"an array of shape {array.shape} has the address 0")
     return view.buf
 
 
@@ -180,12 +229,11 @@ cdef class Job:
             self.rank = <Integers> address(statistics[2], TO_WRITE)
         self.n, self.k, self.inner, self.apart, self.size = n, k, inner, apart, size
         self.ignore_index, self.label_smoothing, self.strength = ignore_index, label_smoothing, strength
-        self.divisor = self.count() if divisor is None else divisor
+        self.divisor = 0 if divisor is None else divisor
         self.step = each is not None
-        if each is None:
-            self.unit = above / self.divisor
-            self.unit_f32 = <float> self.unit
-            self.scale = <Bytes> &self.unit_f32 if size == 4 else <Bytes> &self.unit
+        cdef unsigned long long mode = lace_default_arithmetic()
+        self.settle(divisor is None, above)
+        lace_restore_arithmetic(mode)
 
     def __dealloc__(self):
         PyMem_RawFree(self.own)
@@ -193,6 +241,15 @@ cdef class Job:
     def losses(self, size_t start):
         """The address of row `start`'s loss."""
         return <size_t> (self.loss + start * self.size)
+
+    cdef void settle(self, bint mean, double above) noexcept:
+        """The divisor of a mean, and the factor that serves all rows."""
+        if mean:
+            self.divisor = self.count()
+        if not self.step:
+            self.unit = above / self.divisor
+            self.unit_f32 = <float> self.unit
+            self.scale = <Bytes> &self.unit_f32 if self.size == 4 else <Bytes> &self.unit
 
     cdef double count(self) noexcept:
         cdef double sum = 0
@@ -202,7 +259,7 @@ cdef class Job:
             return <double> self.n
         with nogil:
             for i in range(self.n):
-                t = self.target[i]
+                t = lace_read_once(&self.target[i])
                 if t == self.ignore_index or t < 0 or <size_t> t >= self.k:
                     continue
                 if self.weight is NULL:
@@ -212,7 +269,17 @@ cdef class Job:
         return sum
 
     def run(self, size_t start, size_t stop):
-        """Rows start to stop; the first whose target is no class, or -1."""
+        """Rows start to stop; the first whose target is no class, or -1.
+
+        Raises ValueError where the kernel misses an address or cannot count so many values.
+        """
+        cdef unsigned long long mode = lace_default_arithmetic()
+        try:
+            return self.run_by_default_arithmetic(start, stop)
+        finally:
+            lace_restore_arithmetic(mode)
+
+    cdef object run_by_default_arithmetic(self, size_t start, size_t stop):
         cdef size_t end, i, image, row = self.k * self.size, together = max(1, min(32, TOGETHER // self.k))
         cdef int64_t wrong = -1
         cdef Bytes near = NULL
@@ -236,6 +303,8 @@ cdef class Job:
                 wrong = self.some(start, end - start, start * self.k, self.logits + start * row)
             start = end
         PyMem_RawFree(near)
+        if wrong < -1:
+            raise ValueError("an array is missing" if wrong == -2 else "there is no class, or more values than memory has")
         return wrong
 
     cdef int64_t some(self, size_t start, size_t n, size_t skip_logits, Bytes logits):
@@ -282,13 +351,18 @@ cdef class Job:
 
     def reduce(self, out):
         """Write the sum of the losses, divided, to one value at `out`."""
-        cdef float f32[2]
-        cdef double f64[2]
         cdef Bytes to = <Bytes> address(out, TO_WRITE)
+        cdef unsigned long long mode
         with nogil:
-            if self.size == 4:
-                lace_sum_f32(f32, <float *> self.loss, self.n)
-                (<float *> to)[0] = <float> ((<double> f32[0] + f32[1]) / self.divisor)
-            else:
-                lace_sum_f64(f64, <double *> self.loss, self.n)
-                (<double *> to)[0] = (f64[0] + f64[1]) / self.divisor
+            mode = lace_default_arithmetic()
+            self.write_mean(to)
+            lace_restore_arithmetic(mode)
+
+    cdef void write_mean(self, Bytes to) noexcept nogil:
+        cdef double sum[2]
+        if self.size == 4:
+            lace_sum_f32(sum, <float *> self.loss, self.n)
+            (<float *> to)[0] = <float> ((sum[0] + sum[1]) / self.divisor)
+        else:
+            lace_sum_f64(sum, <double *> self.loss, self.n)
+            (<double *> to)[0] = (sum[0] + sum[1]) / self.divisor

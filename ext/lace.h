@@ -86,6 +86,12 @@ typedef struct {
     int64_t *rank;
 } lace_statistics_f64;
 
+/* Arrays are aligned to their type. Arithmetic rounds to nearest and keeps subnormal numbers, as a program starts: a thread
+ * that was told otherwise (fesetround, flush-to-zero) sets it back before a call, or gets results with errors of that size.
+ * Targets are checked before anything is written. What another thread writes to an array during a call may make values
+ * wrong, but no address outside the arrays is ever formed from it: a class that is none by then is ignored.
+ * A term larger than the largest number of its type is infinite. */
+
 /* Loss and gradient of n rows of k >= 1 logits.
  *     loss         n values, written
  *     gradient     n*k values, written row by row, or NULL
@@ -112,8 +118,9 @@ int64_t lace_columns_f64(double *loss, double *gradient, const double *logits, c
                          const double *scale, size_t step, size_t n, size_t k, size_t stride,
                          const lace_options_f64 *options);
 
-/* The sum of n values, as the exact sum of sum[0] and the much smaller sum[1]. */
-void lace_sum_f32(float sum[2], const float *values, size_t n);
+/* The sum of n values, as the exact sum of sum[0] and the much smaller sum[1]; floats are summed in double, so that the
+ * mean of large ones is there although their sum is no float. */
+void lace_sum_f32(double sum[2], const float *values, size_t n);
 void lace_sum_f64(double sum[2], const double *values, size_t n);
 
 #ifdef __cplusplus

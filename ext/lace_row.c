@@ -23,7 +23,7 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
     for (size_t j = 0; j < k; j++) {
         Pair s = two_sum(logits[j], -max);
         const float e = exponential(s);
-        if (gradient) gradient[j] = e * LOWER;
+        if (gradient) gradient[j] = e;
         if (j == target) {
             K.high = e * LOWER;
         } else {
@@ -60,7 +60,7 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
     pair_sum(&K, &K, &p);
     if (gradient) {
         const float factor = pair_product(&inverse, &K, &inverse);
-        for (size_t j = 0; j < k; j++) gradient[j] *= factor;
+        for (size_t j = 0; j < k; j++) gradient[j] = gradient[j] * factor * LOWER;
         gradient[target] = -pair_product(&K, &K, &p);
     }
     if (totals) {

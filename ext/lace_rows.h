@@ -27,6 +27,10 @@
 #define rounded NAME(rounded)
 #define weighted NAME(weighted)
 #define zero NAME(zero)
+#define lowered NAME(lowered)
+#define Factor NAME(Factor)
+#define factor_of NAME(factor_of)
+#define class_of NAME(class_of)
 #define clear NAME(clear)
 #define Results NAME(Results)
 #define hard_formulas NAME(hard_formulas)
@@ -39,6 +43,7 @@
 #define add_to_lanes NAME(add_to_lanes)
 #define accumulate NAME(accumulate)
 #define total NAME(total)
+#define total_in_doubles NAME(total_in_doubles)
 #define maximum NAME(maximum)
 #define sum_exponentials NAME(sum_exponentials)
 #define sum_rows NAME(sum_rows)
@@ -51,6 +56,14 @@
 #define class_terms NAME(class_terms)
 #define soft_rows NAME(soft_rows)
 #define refused NAME(refused)
+
+/* p 2^-RAISED */
+static inline Pair lowered(Pair p)
+{
+    p.high *= LOWER;
+    p.low *= LOWER;
+    return p;
+}
 
 /* As values, for formulas that read like formulas. */
 static inline Pair add(Pair a, Pair b)
@@ -74,6 +87,20 @@ static inline Pair divide(Pair a, Pair b)
 static inline REAL rounded(Pair a)
 {
     return finite(a.high) ? a.high + a.low : a.high;
+}
+
+#define LARGE (REAL)4294967296.0 /* 2^32 */
+#define NEAR_ZERO (REAL)9.313225746154785e-10 /* 2^-30: below it, a 1 - q that is 2^RAISED too large serves as -log q, too */
+
+/* A factor of numbers that are held 2^RAISED too large, (x * first) * last: neither a product that is to become an
+ * ordinary number is rounded as a subnormal one on its way, nor does one overflow. */
+typedef struct { REAL first, last; } Factor;
+
+static inline Factor factor_of(REAL x)
+{
+    const int large = x > LARGE || x < -LARGE;
+    Factor f = {large ? x * LOWER : x, large ? 1 : LOWER};
+    return f;
 }
 
 /* a f; 0 where an infinite loss has no weight. */
@@ -145,12 +172,20 @@ static inline void add_to_lanes(Lanes *restrict lanes, const REAL *restrict e, s
     for (size_t l = 0; l < count; l++) lanes->sum[l] += (double)e[l];
 }
 
-static inline Pair total(Lanes *lanes)
+static inline void total_in_doubles(double sum[2], Lanes *lanes)
 {
     for (size_t half = LANES / 2; half > 0; half /= 2)
         for (size_t l = 0; l < half; l++) lanes->sum[l] += lanes->sum[l + half];
-    Pair all = {(REAL)lanes->sum[0], 0};
-    if (finite(all.high)) all.low = (REAL)(lanes->sum[0] - (double)all.high);
+    sum[0] = lanes->sum[0];
+    sum[1] = 0;
+}
+
+static inline Pair total(Lanes *lanes)
+{
+    double sum[2];
+    total_in_doubles(sum, lanes);
+    Pair all = {(REAL)sum[0], 0};
+    if (finite(all.high)) all.low = (REAL)(sum[0] - (double)all.high);
     return all;
 }
 #else
@@ -183,6 +218,13 @@ static inline Pair total(Lanes *lanes)
     Pair all = two_sum(lanes->high[0], lanes->low[0]);
     if (!finite(lanes->high[0])) all.high = lanes->high[0], all.low = 0; /* beside an infinity a low part is NaN */
     return all;
+}
+
+static inline void total_in_doubles(double sum[2], Lanes *lanes)
+{
+    const Pair all = total(lanes);
+    sum[0] = all.high;
+    sum[1] = all.low;
 }
 #endif
 
@@ -231,7 +273,7 @@ typedef struct {
     REAL max[BATCH];
     REAL z[BATCH];   /* the logit of class `out` */
     REAL own[BATCH]; /* exp(z - max) */
-    Pairs others;    /* sum of exp(z_j - max) over j != out */
+    Pairs others;    /* 2^RAISED times the sum of exp(z_j - max) over j != out */
     Pairs inverse;   /* 1 / sum over all j */
     Pairs log_sum;   /* log of the sum over all j */
 } Rows;
@@ -275,12 +317,7 @@ static void sum_rows(Rows *rows, const Job *job, const size_t *index, const size
             REAL *e = gradient ? gradient + index[r] * k : NULL;
             sum_exponentials(rows, r, &lanes[r - first], e, job->logits + index[r] * k, k, out[r]);
         }
-        for (size_t r = first; r < end; r++) {
-            Pair others = total(&lanes[r - first]);
-            others.high *= LOWER;
-            others.low *= LOWER;
-            set(&rows->others, r, others);
-        }
+        for (size_t r = first; r < end; r++) set(&rows->others, r, total(&lanes[r - first]));
     }
 }
 
@@ -289,7 +326,7 @@ static void finish_sums(Rows *rows, size_t count)
 {
     for (size_t r = 0; r < count; r++) {
         const int small = rows->z[r] < rows->max[r];
-        Pair one = {1, 0}, own = {small ? rows->own[r] : 0, 0}, rest = get(&rows->others, r);
+        Pair one = {1, 0}, own = {small ? rows->own[r] : 0, 0}, rest = lowered(get(&rows->others, r));
         rest.high -= (small ? 1 : 0) + (rows->max[r] - rows->max[r]); /* NaN beside +inf */
         rest = add(rest, own);
         set(&rows->inverse, r, divide(one, add(rest, one)));
@@ -316,6 +353,14 @@ static void describe(const STATISTICS *to, size_t i, const Rows *rows, size_t r,
     to->rank[i] = rank;
 }
 
+/* The class of row i, or k for one that is ignored. It is read once: another thread may write to the targets, which were
+ * all checked before, and a class that is none by now is ignored. */
+static inline size_t class_of(const Job *job, size_t i)
+{
+    const int64_t t = *(const volatile int64_t *)&job->target[i];
+    return t == job->options->ignore_index || t < 0 || (uint64_t)t >= job->k ? job->k : (size_t)t;
+}
+
 /* Of rows side by side: class weight, factor of the gradient; loss, gradient at the target and, over exp, elsewhere. */
 typedef struct { REAL w[BATCH], g[BATCH], loss[BATCH], own[BATCH], others[BATCH]; } Results;
 
@@ -324,35 +369,42 @@ static void hard_formulas(Results *x, const Rows *rows, REAL strength, size_t co
     const Pair s = {strength, 0}, rest = two_sum(1, -strength);
     for (size_t r = 0; r < count; r++) {
         const Pair inverse = get(&rows->inverse, r), e_t = {rows->own[r], 0}, scale = {x->g[r], 0};
-        Pair p = multiply(get(&rows->others, r), inverse), q = multiply(e_t, inverse);
-        Pair n = negative_log(rows, r, rows->z[r]), qn = multiply(q, n);
+        const Pair others = get(&rows->others, r), p_raised = multiply(others, inverse), p = lowered(p_raised);
+        const Pair q = multiply(e_t, inverse), n = negative_log(rows, r, rows->z[r]);
+        Pair qn = multiply(q, n);
         qn.high = q.high == 0 ? 0 : qn.high; /* its limit where n is infinite */
         qn.low = q.high == 0 ? 0 : qn.low;
-        Pair factor = multiply(scale, add(rest, multiply(s, add(p, qn))));
+        const Pair factor = multiply(scale, add(rest, multiply(s, add(p, qn))));
         x->others[r] = rounded(multiply(factor, inverse));
-        x->own[r] = -rounded(multiply(factor, p));
-        x->loss[r] = weighted(x->w[r], rounded(multiply(add(rest, multiply(s, p)), n)));
+        /* Where 1 - q may underflow, and -log q with it, they are taken as they are before that, and a weight above 1
+         * comes first: the products keep their digits. */
+        const int small = p_raised.high < NEAR_ZERO, heavy = x->w[r] > 1 || x->w[r] < -1;
+        const Factor g = factor_of(factor.high);
+        const Pair by = {small ? g.first : factor.high, small && g.last == 1 ? factor.low * LOWER : factor.low};
+        const Pair of = {small ? p_raised.high : p.high, small ? p_raised.low : p.low}, w = {heavy ? x->w[r] : 1, 0};
+        const Pair n_of = {small ? p_raised.high : n.high, small ? p_raised.low : n.low};
+        x->own[r] = -rounded(multiply(by, of)) * (small ? g.last : 1);
+        const REAL loss = rounded(multiply(multiply(w, add(rest, multiply(s, p))), n_of)) * (small ? LOWER : 1);
+        x->loss[r] = weighted(heavy ? 1 : x->w[r], loss);
     }
 }
 
-static inline void weigh(Results *x, size_t r, const Job *job, size_t i)
+static inline void weigh(Results *x, size_t r, const Job *job, size_t i, size_t c)
 {
-    x->w[r] = job->options->weight ? job->options->weight[job->target[i]] : 1;
+    x->w[r] = job->options->weight ? job->options->weight[c] : 1;
     x->g[r] = job->scale ? x->w[r] * job->scale[i * job->step] : x->w[r];
 }
 
-/* Losses and gradients of the `count` rows that `index` names. */
-static void hard_rows(Rows *rows, const Job *job, const size_t *index, size_t count)
+/* Losses and gradients of the `count` rows that `index` names, of these classes. */
+static void hard_rows(Rows *rows, const Job *job, const size_t *index, const size_t *classes, size_t count)
 {
     const size_t k = job->k;
-    size_t out[BATCH];
     Results x;
     for (size_t r = 0; r < count; r++) {
-        out[r] = (size_t)job->target[index[r]];
         rows->max[r] = maximum(job->logits + index[r] * k, k);
-        weigh(&x, r, job, index[r]);
+        weigh(&x, r, job, index[r], classes[r]);
     }
-    sum_rows(rows, job, index, out, count, job->gradient);
+    sum_rows(rows, job, index, classes, count, job->gradient);
     finish_sums(rows, count);
     hard_formulas(&x, rows, job->options->strength, count);
     for (size_t r = 0; r < count; r++) {
@@ -360,8 +412,9 @@ static void hard_rows(Rows *rows, const Job *job, const size_t *index, size_t co
         job->loss[i] = x.loss[r];
         if (job->gradient) {
             REAL *row = job->gradient + i * k;
-            for (size_t j = 0; j < k; j++) row[j] = (row[j] * LOWER) * x.others[r];
-            row[job->target[i]] = x.own[r];
+            const Factor g = factor_of(x.others[r]);
+            for (size_t j = 0; j < k; j++) row[j] = (row[j] * g.first) * g.last;
+            row[classes[r]] = x.own[r];
         }
     }
 }
@@ -381,13 +434,14 @@ static inline void hard_columns(Rows *rows, const Job *job, size_t i, size_t cou
     int some_ignored = 0;
     Results x;
     for (size_t r = 0; r < count; r++) {
-        const int ignored = job->target[i + r] == job->options->ignore_index;
-        t[r] = ignored ? (BITS)-1 : (BITS)job->target[i + r];
+        const size_t c = class_of(job, i + r);
+        const int ignored = c == k;
+        t[r] = ignored ? (BITS)-1 : (BITS)c;
         some_ignored |= ignored;
         x.w[r] = x.g[r] = nothing;
-        if (!ignored) weigh(&x, r, job, i + r);
+        if (!ignored) weigh(&x, r, job, i + r, c);
         rows->max[r] = z[r] - nothing; /* a plain copy would call memcpy */
-        rows->z[r] = z[ignored ? r : (size_t)job->target[i + r] * stride + r];
+        rows->z[r] = z[ignored ? r : c * stride + r];
         rows->others.high[r] = rows->others.low[r] = nothing;
     }
     for (size_t j = 0; j < k; j++)
@@ -411,16 +465,19 @@ static inline void hard_columns(Rows *rows, const Job *job, size_t i, size_t cou
             e[j * e_step + r] = value;
         }
     }
-    for (size_t r = 0; r < count; r++) {
-        Pair others = two_sum(rows->others.high[r] * LOWER, rows->others.low[r] * LOWER);
-        set(&rows->others, r, others);
-    }
+    for (size_t r = 0; r < count; r++) set(&rows->others, r, two_sum(rows->others.high[r], rows->others.low[r]));
     finish_sums(rows, count);
     hard_formulas(&x, rows, job->options->strength, count);
     for (size_t r = 0; r < count; r++) job->loss[i + r] = t[r] == (BITS)-1 ? 0 : x.loss[r];
     if (!gradient) return;
+    REAL first[BATCH], last[BATCH];
+    for (size_t r = 0; r < count; r++) {
+        const Factor g = factor_of(x.others[r]);
+        first[r] = g.first;
+        last[r] = g.last;
+    }
     for (size_t j = 0; j < k; j++)
-        for (size_t r = 0; r < count; r++) gradient[j * stride + r] = (e[j * e_step + r] * LOWER) * x.others[r];
+        for (size_t r = 0; r < count; r++) gradient[j * stride + r] = (e[j * e_step + r] * first[r]) * last[r];
     for (size_t r = 0; r < count; r++)
         if (t[r] != (BITS)-1) gradient[(size_t)t[r] * stride + r] = x.own[r];
     for (size_t j = 0; some_ignored && j < k; j++)
@@ -446,7 +503,7 @@ static void class_terms(Terms *x, const Rows *rows, size_t r, const REAL *z, siz
         x->q[i] = (x->q[i] * LOWER) * inverse;
         x->r[i] = 1 - x->q[i];
     }
-    if (y->top - j < count) x->r[y->top - j] = rows->others.high[r] * inverse;
+    if (y->top - j < count) x->r[y->top - j] = (rows->others.high[r] * LOWER) * inverse;
     for (size_t i = 0; i < count; i++) {
         REAL n = (max - z[j + i]) + log_sum, q = x->q[i], p = x->r[i], qn = q * n;
         REAL f = ((1 - s) + s * p) * n;
@@ -458,7 +515,7 @@ static void class_terms(Terms *x, const Rows *rows, size_t r, const REAL *z, siz
 }
 
 /* As hard_rows, for targets that give every class a coefficient. */
-static void soft_rows(Rows *rows, const Job *job, const size_t *index, size_t count)
+static void soft_rows(Rows *rows, const Job *job, const size_t *index, const size_t *classes, size_t count)
 {
     const size_t k = job->k;
     const REAL e = job->options->label_smoothing;
@@ -467,7 +524,7 @@ static void soft_rows(Rows *rows, const Job *job, const size_t *index, size_t co
         const REAL *z = job->logits + index[r] * k;
         rows->max[r] = maximum(z, k);
         top[r] = 0;
-        while (top[r] < k - 1 && z[top[r]] < rows->max[r]) top[r]++;
+        while (top[r] < k - 1 && z[top[r]] != rows->max[r]) top[r]++; /* not at a NaN, which belongs into the sum */
     }
     sum_rows(rows, job, index, top, count, NULL);
     finish_sums(rows, count);
@@ -475,13 +532,12 @@ static void soft_rows(Rows *rows, const Job *job, const size_t *index, size_t co
         const size_t i = index[r];
         const REAL *z = job->logits + i * k, scale = job->scale ? job->scale[i * job->step] : 1;
         REAL *row = job->gradient ? job->gradient + i * k : NULL;
-        Target y = {job->probability ? job->probability + i * k : NULL, job->options->weight, 0, k, top[r],
+        Target y = {job->probability ? job->probability + i * k : NULL, job->options->weight, classes[r], k, top[r],
                     1 - e, e / (REAL)k, job->options->strength};
         Lanes losses, slopes;
         Terms x;
         clear(&losses);
         clear(&slopes);
-        if (!job->probability) y.t = (size_t)job->target[i];
         for (size_t j = 0; j < k; j += CHUNK) {
             const size_t part = k - j < CHUNK ? k - j : CHUNK;
             class_terms(&x, rows, r, z, j, part, &y);
@@ -522,10 +578,11 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
     const Job job = {loss, gradient, logits, target, probability, scale, step, k, options};
     const REAL nothing = zero();
     const size_t fitting = NEAR / k, limit = fitting < 1 ? 1 : fitting < BATCH ? fitting : BATCH;
-    size_t index[BATCH], count = 0;
+    size_t index[BATCH], classes[BATCH], count = 0;
     Rows rows;
     for (size_t i = 0; i < n; i++) {
-        if (!probability && target[i] == options->ignore_index) {
+        classes[count] = probability ? 0 : class_of(&job, i);
+        if (classes[count] == k) {
             loss[i] = 0;
             for (size_t j = 0; gradient && j < k; j++) gradient[i * k + j] = nothing;
             if (statistics) {
@@ -537,11 +594,11 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
         }
         if (count == limit || (i == n - 1 && count > 0)) {
             if (probability || options->label_smoothing != 0)
-                soft_rows(&rows, &job, index, count);
+                soft_rows(&rows, &job, index, classes, count);
             else
-                hard_rows(&rows, &job, index, count);
+                hard_rows(&rows, &job, index, classes, count);
             for (size_t r = 0; statistics && !probability && r < count; r++)
-                describe(statistics, index[r], &rows, r, logits + index[r] * k, k, (size_t)target[index[r]]);
+                describe(statistics, index[r], &rows, r, logits + index[r] * k, k, classes[r]);
             count = 0;
         }
     }
@@ -563,14 +620,12 @@ int64_t NAME(lace_columns)(REAL *loss, REAL *gradient, const REAL *logits, const
     return LACE_DONE;
 }
 
-void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
+void NAME(lace_sum)(double sum[2], const REAL *values, size_t n)
 {
     Lanes lanes;
     clear(&lanes);
-    accumulate(&lanes, values, n);
-    Pair all = total(&lanes);
-    sum[0] = all.high;
-    sum[1] = all.low;
+    if (n > 0) accumulate(&lanes, values, n);
+    total_in_doubles(sum, &lanes);
 }
 
 /* for the next type */
@@ -612,6 +667,8 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 #undef log_1_plus
 #undef CHUNK
 #undef BATCH
+#undef LARGE
+#undef NEAR_ZERO
 #undef GROUP
 #undef LANES
 #undef TILE
@@ -627,6 +684,10 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 #undef rounded
 #undef weighted
 #undef zero
+#undef lowered
+#undef Factor
+#undef factor_of
+#undef class_of
 #undef clear
 #undef Results
 #undef hard_formulas
@@ -639,6 +700,7 @@ void NAME(lace_sum)(REAL sum[2], const REAL *values, size_t n)
 #undef add_to_lanes
 #undef accumulate
 #undef total
+#undef total_in_doubles
 #undef maximum
 #undef sum_exponentials
 #undef sum_rows

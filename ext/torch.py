@@ -95,6 +95,7 @@ def lace_loss(
         and reduction == "mean"
         and not (label_smoothing or statistics)
         and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
         and type(strength) is float
         and 0 <= strength <= 1
         and _are_usual(input, target)
@@ -126,6 +127,7 @@ def lace_loss(
             kinds = [f"{name} {x.dtype} {tuple(x.shape)}" for name, x in given.items() if x is not None]
             raise RuntimeError(f"these do not go together: {', '.join(kinds)}, ignore_index {ignore_index}")
         return by_torch  # no logits, C = 0 among them: nothing for the strength to change
+    _require_memory(*((input, target) if weight is None else (input, target, weight)))
     probabilities = target.is_floating_point()
     if statistics and probabilities:
         raise ValueError("statistics are of class indices, and the target holds probabilities")
@@ -206,6 +208,14 @@ def check_target(target: Tensor, classes: int, ignore_index: int = -100) -> None
         raise IndexError(f"target{place or ''} is {target[tuple(place)]}, not a class: 0 to {classes - 1}")
 
 
+def _refuse_target(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise for a class that the kernel found not to exist."""
+    check_target(target, classes, ignore_index)
+    raise RuntimeError(
+        "another thread wrote to the target during the call: a class that did not exist is not there now"
+    )
+
+
 def _is_well_formed(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> bool:
@@ -229,8 +239,17 @@ def _is_well_formed(
         and shape[axis] > 0
         and (weight is None or weight.shape == shape[axis : axis + 1])
         and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
         and 0 <= label_smoothing <= 1
     )
+
+
+def _require_memory(*tensors: Tensor) -> None:
+    """Refuse tensors whose storage was given back, which torch's own operations may read all the same."""
+    if _is_plain(*tensors) and not torch.compiler.is_compiling():
+        for x in tensors:
+            if x.device.type in ("cpu", "cuda") and not x.data_ptr() and x.numel():
+                raise RuntimeError(f"a tensor of shape {tuple(x.shape)} has no storage: its data is not allocated")
 
 
 def _seen_as(dtype: torch.dtype, input: Tensor) -> torch.dtype:
@@ -299,9 +318,9 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether they are what they seem: no subclass, outside of torch.func and jit's tracing."""
+    """Whether they are what they seem: no subclass, with memory, outside of torch.func and jit's tracing."""
     for x in tensors:
-        if type(x) not in _PLAIN:
+        if type(x) not in _PLAIN or (not torch.compiler.is_compiling() and x._is_zerotensor()):
             return False
     return torch._C._get_tracing_state() is None and not torch._C._are_functorch_transforms_active()
 
@@ -341,6 +360,8 @@ def _are_usual(input: Tensor, target: Tensor) -> bool:
         and shape[1] > 0
         and target.shape == (shape[0],)
         and not input.is_neg()
+        and _is_aligned(input)
+        and _is_aligned(target)
     )
 
 
@@ -357,7 +378,7 @@ def _usual(
     job = _cpu.Job(None, g, input, target, None, None, None, None, n, k, 0, k * size, size, *options)
     wrong = job.run(0, n) if n * k < _WORTH_THREADS else _in_threads(job, torch.get_num_threads())
     if wrong >= 0:
-        check_target(target, k, ignore_index)
+        _refuse_target(target, k, ignore_index)
     job.reduce(loss)
     return loss, g
 
@@ -449,22 +470,25 @@ def _gradient(
     divisor: Tensor | None,
     options: Any,
 ) -> Tensor:
-    """`gradient`, which the kernel has formed, times `grad_output`; for a half type the kernel forms it now. On a GPU
-    it is formed from the rows that are in the place of `gradient`, and divided by `divisor`.
+    """`gradient`, which the kernel has formed, times `grad_output`. For a half type, and where a factor is above 1, the
+    kernel forms it now. On a GPU it is formed from the rows in the place of `gradient`, and divided by `divisor`.
     """
     if _on_gpu(input) and gradient is not None and divisor is not None:
         compute = _registered_backward if _is_recorded() else _backward
         return compute(grad_output, input, target, weight, gradient, divisor, *options)
     if gradient is None:
         return _operation()(input, target, weight, grad_output, True, *options, False)[1]
-    if not grad_output.dim() and not _is_recorded() and isfinite(value := grad_output.item()):
-        return gradient if value == 1 else gradient * value
     axis = _class_axis(input)
-    if grad_output.dim():
-        grad_output = grad_output.unsqueeze(axis)
+    factor = grad_output.unsqueeze(axis) if grad_output.dim() else grad_output  # raises if it has no storage
+    if not _is_recorded():
+        if not factor.dim() and isfinite(value := factor.item()) and abs(value) <= 1:
+            return gradient if value == 1 else gradient * value
+        if input.is_cpu and _is_plain(factor) and factor.isfinite().all() and (factor.abs() > 1).any():
+            # Formed again: an entry that is subnormal has few digits left to multiply.
+            return _operation()(input, target, weight, grad_output, True, *options, False)[1]
     if not target.is_floating_point():  # an ignored sample's 0 times an infinite or NaN gradient from above is 0
-        grad_output = torch.where((target.long() == options[0]).unsqueeze(axis), 0, grad_output)
-    return gradient * grad_output
+        factor = torch.where((target.long() == options[0]).unsqueeze(axis), 0, factor)
+    return gradient * factor
 
 
 class _Gradient(torch.autograd.Function):
@@ -562,9 +586,9 @@ def _by_kernel(
     planes = input.dim() > 2 and not (probabilities or label_smoothing or statistics) and input.dtype == dtype
     planes = planes and not input.movedim(1, -1).is_contiguous()
     inner = n // max(1, len(input)) if planes else 0
-    z = input.detach().resolve_neg().contiguous() if planes else _rows(input)
+    z = _aligned(input).detach().resolve_neg().contiguous() if planes else _rows(input)
     t, y = (None, _rows(target).to(dtype).contiguous()) if probabilities else (_integers(target), None)
-    w = None if weight is None else weight.detach().to(dtype).resolve_neg().contiguous()
+    w = None if weight is None else _aligned(weight).detach().to(dtype).resolve_neg().contiguous()
     losses = loss.view(-1) if reduction == "none" else None
     g = as_z = outputs[1] if gradient else None
     if g is not None and n * k >= _LARGE:
@@ -575,7 +599,7 @@ def _by_kernel(
     each, above = None, 1.0
     if grad_output is not None:
         if grad_output.dim():
-            each = grad_output.detach().to(dtype).resolve_neg().contiguous().view(-1)
+            each = _aligned(grad_output).detach().to(dtype).resolve_neg().contiguous().view(-1)
         else:
             above = grad_output.item()
 
@@ -596,7 +620,7 @@ def _by_kernel(
             if g is not None and g_part is not None:
                 g[part] = g_part
     if wrong >= 0:
-        check_target(target, k, ignore_index)
+        _refuse_target(target, k, ignore_index)
     if g is not as_z and g is not None and as_z is not None and g.data_ptr() != outputs[1].data_ptr():
         as_z.copy_(g.view(as_z.shape))
     if reduction != "none":
@@ -604,8 +628,18 @@ def _by_kernel(
     return outputs
 
 
+def _is_aligned(x: Tensor) -> bool:
+    """To its type, as C wants it; torch.frombuffer and from_numpy may give others."""
+    return x.data_ptr() % x.element_size() == 0
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x if _is_aligned(x) else x.detach().clone()
+
+
 def _rows(x: Tensor) -> Tensor:
     """(C,), (N, C) or (N, C, d1, ...) as (M, C) with contiguous rows, without a copy where possible."""
+    x = _aligned(x)
     if x.dim() == 2 and not x.is_neg() and (x.is_contiguous() or (x.stride(1) == 1 and x.stride(0) >= x.shape[1])):
         return x
     x = x.detach().resolve_neg()
@@ -614,6 +648,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _integers(target: Tensor) -> Tensor:
+    target = _aligned(target)
     plain = target.dtype == torch.int64 and target.dim() == 1 and target.is_contiguous()
     return target if plain else target.to(torch.int64).contiguous().view(-1)
 

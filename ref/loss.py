@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import index
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,6 +30,9 @@ from numpy.typing import ArrayLike, NDArray
 from .double_double import DoubleDouble, exp, log1p, total, where, wide
 
 Array = NDArray[np.float64]
+
+# Exponentials are formed 2^RAISED too large: those that underflow one by one may add up, or be multiplied by much.
+RAISED = 128
 
 
 class Options(TypedDict, total=False):
@@ -80,7 +83,7 @@ def forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Options]) ->
 def backward(logits: ArrayLike, target: ArrayLike, grad_output: ArrayLike = 1.0, **options: Unpack[Options]) -> Array:
     """Gradient of `forward` with respect to the logits, times `grad_output`: a number or, for "none", one a sample."""
     samples = _samples(logits, target, **options)
-    return samples.scaled(samples.gradient(), grad_output)
+    return samples.times(grad_output, samples.gradient(), -RAISED)
 
 
 @np.errstate(all="ignore")
@@ -96,15 +99,22 @@ def hessian_vector_product(
     v = _numbers("vector", vector)
     if v.shape != np.shape(logits):
         raise ValueError(f"vector must have the logits' shape {np.shape(logits)}, got {v.shape}")
-    return samples.scaled(samples.gradient_change(_classes_last(v)), grad_output)
+    by_class = _classes_last(v)
+    exponent = _exponent(by_class)
+    return samples.times(grad_output, samples.gradient_change(np.ldexp(by_class, -exponent)), exponent - RAISED)
 
 
 @dataclass
 class _Samples:
-    """M samples side by side, logits z and coefficients a both (M, C), with q, r, n and q n of every class."""
+    """M samples side by side, logits z and coefficients 2^exponent a both (M, C), with q, r, n and q n of every class.
+
+    q, r and q n are kept 2^RAISED too large, and so is n where it is `tiny`: as subnormal numbers they would have few
+    digits, and a weight, a vector or `grad_output` may make them a part of an ordinary number.
+    """
 
     z: Array
     a: DoubleDouble
+    exponent: NDArray[np.int_]  # (M, 1)
     kept: NDArray[np.bool_]  # (M,): not ignored
     shape: tuple[int, ...]  # of the samples, M in all
     reduced: bool
@@ -116,41 +126,55 @@ class _Samples:
         largest = np.take_along_axis(self.z, top, 1)
         self.is_top = np.arange(self.z.shape[1]) == top
         gap = where(np.isfinite(largest), wide(largest) - self.z, np.nan)
-        # Terms that underflow one by one may add up to much: they are summed 2^128 too large.
-        e = where(self.is_top, 0.0, exp(-gap, raised=128))
-        others = total(e, 1)[:, None].scaled(-128)
-        e = e.scaled(-128)
-        self.q = where(self.is_top, 1.0, e) / (others + 1.0)
-        self.r = where(self.is_top, others, others - e + 1.0) / (others + 1.0)
-        self.n = gap + log1p(others)
-        self.qn = where(self.q.high == 0, 0.0, self.q * self.n)  # its limit where n is infinite
+        e = where(self.is_top, 0.0, exp(-gap, raised=RAISED))
+        others = total(e, 1)[:, None]
+        one, all_terms = 2.0**RAISED, others.scaled(-RAISED) + 1.0
+        self.q = where(self.is_top, one, e) / all_terms
+        self.r = where(self.is_top, others, others - e + one) / all_terms
+        n = gap + log1p(others.scaled(-RAISED))
+        self.qn = where(self.q.high == 0, 0.0, self.q * n)  # its limit where n is infinite
+        self.tiny = self.is_top & (gap.high == 0) & (others.high < 2.0 ** (RAISED - 60))
+        series = others - others * others.scaled(-RAISED) * 0.5  # two terms of the logarithm's
+        self.n = where(self.tiny, series, n)
 
     def loss(self) -> DoubleDouble:
-        f = ((1.0 - wide(self.strength)) + self.r * self.strength) * self.n
-        return total(where((self.a.high == 0) & np.isinf(f.high), 0.0, self.a * f), 1)
+        rest = (1.0 - wide(self.strength)) + self.r.scaled(-RAISED) * self.strength
+        f, half = rest * self.n, (self.exponent - RAISED) // 2
+        tiny_af = self.a * rest.scaled(half) * self.n.scaled(self.exponent - RAISED - half)
+        af = where(self.tiny, tiny_af, (self.a * f).scaled(self.exponent))
+        return total(where((self.a.high == 0) & np.isinf(f.high), 0.0, af), 1)
 
     def gradient(self) -> DoubleDouble:
+        """2^(RAISED - exponent) times the gradient."""
         return self._in_logits(self._ak())
 
     def gradient_change(self, v: Array) -> DoubleDouble:
-        """dq = q w and dn = -w along v, with w = v - q.v. Equal steps of all logits change nothing: take v_top off."""
-        v_less_top: DoubleDouble = wide(v) - v[self.is_top][:, None]
-        w = v_less_top - total(self.q * v_less_top, 1)[:, None]
-        dk = w * (self.qn - self.q * 2.0) * self.strength
-        return self.q * w * total(self._ak(), 1)[:, None] + self._in_logits(self.a * dk)
+        """2^(RAISED - exponent) times the gradient's change along v: dq = q w and dn = -w, with w = v - q.v.
 
-    def scaled(self, gradient: DoubleDouble, grad_output: ArrayLike) -> Array:
+        Equal steps of all logits change nothing: take v_top off.
+        """
+        v_less_top: DoubleDouble = wide(v) - v[self.is_top][:, None]
+        w = v_less_top - total(self.q * v_less_top, 1)[:, None].scaled(-RAISED)
+        dk = w * (self.qn - self.q * 2.0) * self.strength
+        return self.q * w * total(self._ak(), 1)[:, None] + self._in_logits(self.a * dk).scaled(-RAISED)
+
+    def times(self, grad_output: ArrayLike, gradient: DoubleDouble, exponent: int | NDArray[np.int_]) -> Array:
+        """2^(exponent + self.exponent) times `gradient` and grad_output, in the logits' shape."""
         g = _numbers("grad_output", grad_output)
         if g.shape not in {(), () if self.reduced else self.shape}:
             rule = "be a number" if self.reduced else f"be a number or have the loss's shape {self.shape}"
             raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
-        g = np.broadcast_to(g, self.shape).reshape(-1, 1)
-        rows = where(self.kept[:, None], gradient * (wide(g) / self.divisor), 0.0).rounded
+        factor = wide(np.broadcast_to(g, self.shape).reshape(-1, 1)) / self.divisor
+        e = _exponent(factor.high)
+        product = (gradient * factor.scaled(-e)).scaled(
+            self.exponent + exponent + e
+        )  # here alone numbers may underflow
+        rows = where(self.kept[:, None], product, 0.0).rounded
         rows = rows.reshape(*self.shape, rows.shape[1])
         return np.ascontiguousarray(np.moveaxis(rows, -1, min(1, rows.ndim - 1)))
 
     def _ak(self) -> DoubleDouble:
-        return self.a * ((1.0 - wide(self.strength)) + (self.r + self.qn) * self.strength)
+        return self.a * ((1.0 - wide(self.strength)) + (self.r + self.qn).scaled(-RAISED) * self.strength)
 
     def _in_logits(self, ak: DoubleDouble) -> DoubleDouble:
         """q_j sum_k ak_k - ak_j. Without the own term in the sum nothing cancels when only one class has a target."""
@@ -167,7 +191,9 @@ def _samples(
     label_smoothing: float = 0.0,
     strength: float = 1.0,
 ) -> _Samples:
-    x, y, ignore_index = _numbers("logits", logits), np.asarray(target), index(ignore_index)
+    x, y, ignore_index = _numbers("logits", logits), _array("target", target), index(ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits with a sign, got {ignore_index}")
     if x.ndim == 0 or x.shape[min(1, x.ndim - 1)] == 0:
         raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {x.shape}")
     if reduction not in ("none", "mean", "sum"):
@@ -205,14 +231,29 @@ def _samples(
         divisor = total(wide(np.where(kept, w[t], 0.0)))
     else:
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
-    return _Samples(z, a, kept, shape, reduction != "none", divisor if reduction == "mean" else wide(1.0), strength)
+    exponent = _exponent(a.high)
+    if reduction != "mean":
+        divisor = wide(1.0)
+    return _Samples(z, a.scaled(-exponent), exponent, kept, shape, reduction != "none", divisor, strength)
+
+
+def _exponent(x: Array) -> NDArray[np.int_]:
+    """(M, 1): the power of two just above the largest finite amount in each row of x (M, ...)."""
+    largest = np.abs(np.where(np.isfinite(x), x, 0.0)).max(1, keepdims=True)
+    return np.frexp(largest)[1].astype(np.int_)
 
 
 def _numbers(name: str, values: ArrayLike) -> Array:
-    array = np.asarray(values)
+    array = _array(name, values)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
     return array.astype(np.float64)
+
+
+def _array(name: str, values: ArrayLike) -> NDArray[Any]:
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name} has a mask, which would not be looked at: fill it, or use ignore_index")
+    return np.asarray(values)
 
 
 def _classes_last(x: Array) -> Array:

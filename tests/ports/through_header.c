@@ -236,9 +236,9 @@ static int work(void)
         }
     }
     if (reduction != 'n') {
-        REAL sum[2];
+        double sum[2];
         NAME(lace_sum)(sum, loss, samples);
-        loss[0] = (REAL)(((double)sum[0] + (double)sum[1]) / divisor);
+        loss[0] = (REAL)((sum[0] + sum[1]) / divisor);
     }
     return 1;
 }
