@@ -3,177 +3,255 @@
     python -m lace_loss.ext LOGITS TARGETS     files .npy, .npz or .csv, each of its own kind
     python -m lace_loss.ext BOTH.npz           with arrays `logits` and `target`
 
-Logits are floats of shape (N, C) or (N, C, d1, ...), targets the classes of their rows. Files are read once, a few
-megabytes at a time. A .csv has a row a line, and may begin with a line of names. Where tqdm is installed, a terminal
-shows the progress. Loss and cross entropy are in nats, the calibration error is that of `lace_loss.ext.Evaluation`.
+Logits are floats of shape (N, C) or (N, C, d1, ...), targets the classes of their rows, counted from 0. Loss and cross
+entropy are in nats, the calibration error is that of `lace_loss.ext.Evaluation`. Where tqdm is installed, a terminal
+shows the progress.
 
-Exit status: 0, or 2 if a file cannot be used.
+Exit status: 0, or 2 if a file or an option cannot be used or the figures cannot be written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
-from numpy.lib import format as npy
 
-from . import Array, Evaluation, Tally, rows_in_a_block
+from . import Array, Evaluation, Tally, files, rows_in_a_block
+from .files import FileError, Rows, opened
 
 try:
     from tqdm import tqdm
 except ImportError:
     tqdm = None  # type: ignore[assignment, misc]
 
-# Also what zipfile raises for a damaged archive or one that it cannot decompress.
-UNUSABLE = (
-    OSError, ValueError, TypeError, IndexError, OverflowError, EOFError, NotImplementedError, RuntimeError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+# What a row of probabilities may miss of 1, by rounding to two decimals or to half precision.
+TOLERANCE = 0.01
 
 
-@dataclass
-class Rows:
-    """An array in a file. `read(n)` gives its next n rows, at its end those that are left."""
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. --help lists the options")
 
-    name: str
-    count: int | None  # a .csv does not say
-    shape: tuple[int, ...]  # of one row
-    read: Callable[[int], Array]
-
-    def __str__(self) -> str:
-        return f"{self.name} of shape ({', '.join(map(str, [self.count or 'rows', *self.shape]))})"
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", flush=True)  # so that `main` sees what fails
 
 
-def opened(path: Path, role: str, files: ExitStack) -> Rows:
-    """The array in a file; in an .npz the one called like its role, or the only one."""
-    if path.suffix == ".npy":
-        return binary(files.enter_context(path.open("rb")), str(path))
-    if path.suffix == ".npz":
-        archive = files.enter_context(zipfile.ZipFile(path))
-        names = [name.removesuffix(".npy") for name in archive.namelist()]
-        if role not in names and len(names) != 1:
-            raise ValueError(f"{path} has no array {role!r}, but {', '.join(names) or 'nothing'}")
-        name = role if role in names else names[0]
-        return binary(files.enter_context(archive.open(f"{name}.npy")), f"{path}[{name}]")
-    if path.suffix == ".csv":
-        lines = files.enter_context(path.open(encoding="utf-8-sig"))
-        return text(lines, str(path), int if role == "target" else float)
-    raise ValueError(f"{path} must be a .npy, .npz or .csv file")
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    top = Parser(
+        "python -m lace_loss.ext",
+        description=f"{__doc__}\n{files.__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("logits", type=Path, metavar="LOGITS")
+    top.add_argument("targets", type=Path, metavar="TARGETS", nargs="?")
+    for option, what in (
+        ("--header", "a line of names"),
+        ("--index-column", "a column of row numbers or names, which is left out"),
+    ):
+        top.add_argument(
+            option,
+            choices=("none", "logits", "target", "both"),
+            metavar="WHICH",
+            help=f"which .csv files begin with {what}: %(choices)s",
+        )
+    top.add_argument(
+        "--probabilities",
+        action=argparse.BooleanOptionalAction,
+        help=f"LOGITS holds probabilities, each row with sum 1 within {TOLERANCE}, or holds logits that look so",
+    )
+    top.add_argument("--topk", type=int, nargs="+", metavar="K", help="default: 1, and 5 for more than 5 classes")
+    top.add_argument("--weight", type=Path, metavar="FILE", help="one number for each class; a .csv has one a line")
+    top.add_argument(
+        "--ignore-index", type=int, default=-100, help="class of rows that are not counted; default %(default)s"
+    )
+    top.add_argument("--label-smoothing", type=float, default=0.0, help="of the loss; default %(default)s")
+    top.add_argument("--strength", type=float, default=1.0, help="of the loss; default %(default)s")
+    top.add_argument("--json", action="store_true", help="print one JSON object, with null for infinity and NaN")
+    return top.parse_args(arguments)
 
 
-def binary(stream: IO[bytes], name: str) -> Rows:
-    try:
-        version = npy.read_magic(stream)
-        header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        (count, *row), by_columns, dtype = header(stream)
-    except ValueError as error:
-        raise ValueError(f"{name} is not an array of rows in the .npy format: {error}") from error
-    if dtype.kind not in "fiu":
-        raise TypeError(f"{name} must hold numbers, got {dtype}")
-    if by_columns and row:
-        raise ValueError(f"{name} is stored column by column: save numpy.ascontiguousarray of it")
-    done = 0
-
-    def read(n: int) -> Array:
-        nonlocal done
-        values = np.empty((min(n, count - done), *row), dtype)
-        got = stream.readinto(values.reshape(-1).view(np.uint8))  # type: ignore[attr-defined]
-        if got < values.nbytes:
-            raise ValueError(f"{name} is cut short in row {done + got // values[0].nbytes} of its {count}")
-        done += len(values)
-        return values
-
-    return Rows(name, count, tuple(row), read)
-
-
-def text(stream: IO[str], name: str, kind: type[int] | type[float]) -> Rows:
-    lines: Iterable[tuple[int, list[str]]]
-    lines = ((number, line.split(",")) for number, line in enumerate(stream, 1) if line.strip())
-    number, first = next(iter(lines), (1, [""]))
-    if any(parsed(word, float) is not None for word in first):  # else they are names
-        lines = chain([(number, first)], lines)
-    columns = len(first)
-    row = () if kind is int and columns == 1 else (columns,)
-    rule = f"{columns} {'whole ' if kind is int else ''}number{'s'[: columns - 1]}"
-
-    def read(n: int) -> Array:
-        rows = []
-        for number, words in islice(lines, n):
-            values = [parsed(word, kind) for word in words]
-            if len(values) != columns or None in values:
-                raise ValueError(f"{name}, line {number}: expected {rule}, got {','.join(words).strip()[:60]!r}")
-            rows.append(values)
-        return np.array(rows, kind).reshape(-1, *row)
-
-    return Rows(name, None, row, read)
-
-
-def parsed(word: str, kind: type[int] | type[float]) -> float | None:
-    try:
-        return kind(word)
-    except ValueError:
-        return None
-
-
-def evaluate(logits: Rows, targets: Rows, ignore_index: int) -> Evaluation:
-    known = None not in (logits.count, targets.count)
-    if targets.shape != logits.shape[1:] or (known and targets.count != logits.count):
-        raise ValueError(f"{targets} does not fit {logits}: there must be one class for each row of logits")
-    tally, n = Tally(ignore_index=ignore_index), rows_in_a_block(logits.shape)
-    bar = None if tqdm is None else tqdm(total=logits.count, unit=" rows", unit_scale=True, disable=None)
-    with nullcontext() if bar is None else bar:
+def evaluate(logits: Rows, targets: Rows, args: argparse.Namespace, weight: Array | None) -> Evaluation:
+    tally = Tally(
+        args.topk or [k for k in (1, 5) if k == 1 or k < logits.shape[0]],
+        weight=weight,
+        ignore_index=args.ignore_index,
+        label_smoothing=args.label_smoothing,
+        strength=args.strength,
+    )
+    n = rows_in_a_block(logits.shape)
+    bar = None
+    if tqdm is not None and sys.stderr is not None:
+        bar = tqdm(total=logits.count, unit=" rows", unit_scale=True, disable=None)
+    with nullcontext() if bar is None else bar, np.errstate(all="ignore"):
         while True:
-            z = logits.read(n)
-            y = targets.read(max(1, len(z)))
-            if len(y) != len(z):
-                longer, shorter = (logits, targets) if len(y) < len(z) else (targets, logits)
-                ends = tally.rows + min(len(y), len(z))
-                raise ValueError(f"{shorter.name} ends after {ends} rows, {longer.name} does not")
+            z, y = logits.read(n), targets.read(n)
+            if len(z) != len(y):
+                counts = [tally.rows + len(z), tally.rows + len(y)]
+                for i, rows in enumerate((logits, targets)):
+                    while len(more := rows.read(n)):
+                        counts[i] += len(more)
+                refuse_counts(logits, targets, *counts)
             if len(z) == 0:
                 return tally.figures()
-            tally.add(z, y)
+            kept = y != args.ignore_index
+            check_classes(targets, y, kept, logits.shape[0])
+            if args.probabilities:
+                z = log_of_probabilities(logits, z, kept)
+            elif args.probabilities is None and tally.rows == 0:
+                check_no_probabilities(logits, z, kept)
+            try:
+                tally.add(z, y)
+            except ValueError:
+                largest = z.max(axis=1)
+                for place in np.argwhere(kept & ~np.isfinite(largest))[:1]:
+                    raise FileError(
+                        f"{logits.place(place[0])} has the largest logit {largest[tuple(place)]}, and no softmax"
+                    ) from None
+                raise
             if bar is not None:
                 bar.update(len(z))
 
 
+def check_shapes(logits: Rows, targets: Rows) -> None:
+    if not logits.shape:
+        raise FileError(f"{logits} must be of shape (N, C): each row holds one logit for each class. One row is (1, C)")
+    if targets.shape != logits.shape[1:]:
+        hint = ""
+        if targets.shape == (*logits.shape[1:], 1):
+            hint = ". Save target.reshape(target.shape[:-1])"
+        elif targets.shape == logits.shape:
+            hint = ". If they are one-hot, save target.argmax(1)"
+        elif targets.shape == logits.shape[:-1]:
+            hint = ". If the classes are its last axis, save numpy.moveaxis(logits, -1, 1)"
+        raise FileError(f"{targets} does not fit {logits}: there must be one class for each row of logits{hint}")
+    if None not in (logits.count, targets.count) and targets.count != logits.count:
+        refuse_counts(logits, targets, logits.count or 0, targets.count or 0)
+
+
+def refuse_counts(logits: Rows, targets: Rows, of_logits: int, of_targets: int) -> NoReturn:
+    hint = ""
+    if (of_targets,) == logits.shape:
+        hint = ". If the logits are transposed, save logits.T"
+    if read := [rows.first for rows in (logits, targets) if rows.first]:
+        hint += f". {' and '.join(read)}: --header says which files begin with names"
+    raise FileError(
+        f"{targets.name} has {of_targets} rows and {logits.name} has {of_logits}: "
+        f"there must be one class for each row of logits{hint}"
+    )
+
+
+def check_classes(targets: Rows, y: Array, kept: Array, classes: int) -> None:
+    for place in np.argwhere(kept & ((y < 0) | (y >= classes)))[:1]:
+        wrong, some = y[tuple(place)], y[kept]
+        hint = f"--ignore-index {wrong} leaves such rows out"
+        if some.min() == 1 and some.max() == classes:
+            hint = "if they are counted from 1, save target - 1"
+        raise FileError(
+            f"{targets.place(place[0])} is {wrong}, not a class: 0 to {classes - 1}, as there are {classes} columns of "
+            f"logits; {hint}"
+        )
+
+
+def sum_to(whole: int, z: Array) -> Array:
+    return np.abs(z.sum(axis=1, dtype=np.float64) / whole - 1) <= TOLERANCE
+
+
+def check_no_probabilities(logits: Rows, z: Array, kept: Array) -> None:
+    if not (kept.any() and z.min(axis=1)[kept].min() >= 0):
+        return
+    for whole in (1, 100):
+        if sum_to(whole, z)[kept].all() and ((z > 0) & (z < whole)).any():  # one-hot rows may be logits
+            raise FileError(
+                f"{logits.name} looks like probabilities, which are no logits: no value in its first {len(z)} rows is "
+                f"below 0, and each row has the sum {whole} within {TOLERANCE * whole:g}. --probabilities takes their "
+                "logarithms, for rows with the sum 1; --no-probabilities takes them for logits"
+            )
+
+
+def log_of_probabilities(logits: Rows, z: Array, kept: Array) -> Array:
+    for place in np.argwhere(kept & ~((z.min(axis=1) >= 0) & sum_to(1, z)))[:1]:
+        row = z[(place[0], slice(None), *place[1:])]
+        raise FileError(
+            f"{logits.place(place[0])} holds no probabilities: its sum is {row.sum(dtype=np.float64):.6g}, its least "
+            f"value {row.min():.6g}. The sum must be 1 within {TOLERANCE}, and no value below 0"
+        )
+    return np.log(z, dtype=np.float64 if z.dtype.itemsize == 8 else np.float32)
+
+
+def from_files(args: argparse.Namespace) -> dict[str, Any]:
+    if args.targets is None and args.logits.suffix.lower() != ".npz":
+        raise FileError(f"{args.logits} holds one array: TARGETS, a file with one class for each row, must follow it")
+    with ExitStack() as stack:
+        logits, targets = (
+            opened(
+                path,
+                role,
+                stack,
+                header=None if args.header is None else args.header in (role, "both"),
+                index_column=None if args.index_column is None else args.index_column in (role, "both"),
+                both=args.targets is None,
+            )
+            for path, role in ((args.logits, "logits"), (args.targets or args.logits, "target"))
+        )
+        check_shapes(logits, targets)
+        classes, weight = logits.shape[0], None
+        if args.weight is not None:
+            rows = opened(args.weight, "weight", stack, header=None, index_column=False)
+            if rows.shape or len(weight := rows.read(classes + 1)) != classes:
+                raise FileError(f"{rows} must be of shape ({classes}): it holds one weight for each class, one a row")
+        return {**asdict(evaluate(logits, targets, args, weight)), "classes": classes}
+
+
+def show(figures: dict[str, Any], as_json: bool) -> None:
+    if sys.stdout is None:
+        raise OSError("it is closed")
+    if as_json:
+        print(json.dumps(json.loads(json.dumps(figures), parse_constant=lambda _: None)))
+    else:
+        print(f"loss               {figures['loss']:.6g}")
+        print(f"cross entropy      {figures['cross_entropy']:.6g}")
+        for k, accuracy in figures["accuracy"].items():
+            print(f"{f'top-{k} accuracy':18} {100 * accuracy:.2f} %")
+        print(f"calibration error  {100 * figures['calibration_error']:.2f} %")
+        print(f"count              {figures['count']}")
+        print(f"classes            {figures['classes']}")
+    sys.stdout.flush()
+
+
+def printable(text: str) -> str:
+    """Without what would give a terminal orders, as names of files may."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def main(arguments: list[str]) -> int:
-    top = argparse.ArgumentParser(
-        "python -m lace_loss.ext", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    top.add_argument("logits", type=Path, metavar="LOGITS")
-    top.add_argument("targets", type=Path, metavar="TARGETS", nargs="?")
-    top.add_argument(
-        "--ignore-index", type=int, default=-100, help="class of rows that are not counted; default %(default)s"
-    )
-    top.add_argument("--json", action="store_true", help="print one JSON object, with null for infinity and NaN")
-    args = top.parse_args(arguments)
     try:
-        with ExitStack() as files:
-            targets = opened(args.targets or args.logits, "target", files)
-            figures = evaluate(opened(args.logits, "logits", files), targets, args.ignore_index)
-    except UNUSABLE as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(json.loads(json.dumps(asdict(figures)), parse_constant=lambda _: None)))
+        args = parsed(arguments)
+        show(from_files(args), args.json)
         return 0
-    print(f"loss               {figures.loss:.6g}")
-    print(f"cross entropy      {figures.cross_entropy:.6g}")
-    for k, accuracy in figures.accuracy.items():
-        print(f"top-{k} accuracy     {100 * accuracy:.2f} %")
-    print(f"calibration error  {100 * figures.calibration_error:.2f} %")
-    print(f"count              {figures.count}")
-    return 0
+    except OSError as error:  # of standard output: those of files are FileErrors
+        discard(sys.stdout)
+        reason = "" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror or error}"
+    except (ValueError, OverflowError, MemoryError) as error:
+        reason = str(error) or "there is not enough memory"
+    if reason:  # else the reader, such as head, wants no more
+        try:
+            sys.stderr.write(f"error: {printable(reason)}\n")
+        except (OSError, AttributeError):  # it is full, or closed
+            discard(sys.stderr)
+    return 2
+
+
+def discard(stream: TextIO | None) -> None:
+    """What could not be written would be tried again, and fail again, when Python ends."""
+    if stream is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":
