@@ -57,12 +57,12 @@ def forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Options]) ->
     ------
     TypeError for a dtype, ValueError for a shape or an option, IndexError for a class that does not exist.
     """
-    return _run(_array("logits", logits), target, None, 1.0, None, **options)
+    return _run(_logits(logits), target, None, 1.0, None, **options)
 
 
 def backward(logits: ArrayLike, target: ArrayLike, grad_output: ArrayLike = 1.0, **options: Unpack[Options]) -> Array:
     """Gradient of `forward` with respect to the logits, times `grad_output`: a number or, for "none", one a sample."""
-    z = _native(_array("logits", logits))
+    z = _logits(logits)
     gradient = np.empty(z.shape, z.dtype)
     _run(z, target, gradient, grad_output, None, **options)
     return gradient
@@ -85,15 +85,16 @@ def forward_backward(
         error its contents are undefined.
     threads : at most so many, by default the number of processors. The result does not depend on it.
     """
-    z = _native(_array("logits", logits))
+    z = _logits(logits)
     if out is None:
         gradient = np.empty(z.shape, z.dtype)
     else:
         if not isinstance(out, np.ndarray):
             raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
-        gradient = out
-        if out.shape != z.shape or out.dtype != z.dtype or not out.flags.writeable:
-            kind = "writable" if out.flags.writeable else "read-only"
+        flags = out.flags
+        gradient = out if flags.aligned else np.empty(z.shape, z.dtype)
+        if out.shape != z.shape or out.dtype != z.dtype or not flags.writeable:
+            kind = "writable" if flags.writeable else "read-only"
             raise ValueError(
                 f"out must be a writable {z.dtype} array of shape {z.shape}, "
                 f"got a {kind} {out.dtype} array of shape {out.shape}"
@@ -103,7 +104,11 @@ def forward_backward(
                 raise ValueError("out shares memory with an input")
     if threads is not None and (threads := index(threads)) < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    return _run(z, target, gradient, grad_output, threads, **options), gradient
+    loss = _run(z, target, gradient, grad_output, threads, **options)
+    if out is None or out is gradient:
+        return loss, gradient
+    out[...] = gradient
+    return loss, out
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,7 @@ class Tally:
         if logits.ndim < 2 or logits.shape[1] == 0:
             raise ValueError(f"logits must be (N, C) or (N, C, d1, ...) with C >= 1, got shape {logits.shape}")
         # Its bytes in this machine's order, whatever a file has.
-        z = np.asarray(logits, np.float64 if logits.dtype.itemsize == 8 else np.float32)
+        z = _logits(np.asarray(logits, np.float64 if logits.dtype.itemsize == 8 else np.float32))
         losses, ce, q, rank = _described(z, target, self.rows, self.options)
         classes = target.reshape(-1)
         kept = classes != self.ignore_index
@@ -273,10 +278,8 @@ def _run(
     label_smoothing: float = 0.0,
     strength: float = 1.0,
 ) -> Any:
-    y, ignore_index = _array("target", target), index(ignore_index)
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit in 64 bits with a sign, got {ignore_index}")
-    logits = _native(logits)
+    y = target if type(target) is np.ndarray else _array("target", target)
+    ignore_index = index(ignore_index)
     dtype = logits.dtype
     axis = _class_axis(logits)
     if logits.ndim == 0 or logits.shape[axis] == 0:
@@ -307,7 +310,7 @@ def _run(
         # Converted, a class beyond int64 would be a negative number, perhaps ignore_index.
         if kind == "u" and y.itemsize == 8 and len(beyond := np.argwhere(y > np.uint64(2**63 - 1))):
             raise _no_class(y, beyond[0].tolist(), first, classes)
-        indices = np.ascontiguousarray(y if y.flags.aligned else y.copy(), np.int64)
+        indices = np.asarray(y if y.flags.aligned else y.copy(), np.int64, order="C")
     else:
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
 
@@ -322,8 +325,7 @@ def _run(
     rows = each = None
     above = 1.0
     if gradient is not None:
-        place = gradient if gradient.flags.aligned else gradient.copy()
-        rows = np.asarray(place, order="C") if planes else _classes_last(place)
+        rows = np.asarray(gradient, order="C") if planes else _classes_last(gradient)
         if type(grad_output) is float:
             above = grad_output
         else:
@@ -338,10 +340,13 @@ def _run(
     loss = np.empty(shape if reduction == "none" else (), dtype)
     losses = loss if reduction == "none" else None
     divisor = None if reduction == "mean" else 1.0
-    job = _cpu.Job(
-        *(losses, rows, z, indices, probability, w, each, statistics, n, classes, inner, apart, dtype.itemsize),
-        *(ignore_index, label_smoothing, strength, divisor, above),
-    )
+    try:
+        job = _cpu.Job(
+            *(losses, rows, z, indices, probability, w, each, statistics, n, classes, inner, apart, dtype.itemsize),
+            *(ignore_index, label_smoothing, strength, divisor, above),
+        )
+    except OverflowError as error:
+        raise ValueError(f"ignore_index must fit in 64 bits with a sign, got {ignore_index}") from error
     wrong = job.run(0, n) if logits.size < _WORTH_THREADS else _in_threads(job, threads)
     if wrong >= 0:
         raise _no_class(y, [int(i) for i in np.unravel_index(wrong, shape)], first, classes)
@@ -415,8 +420,9 @@ def _array(name: str, values: ArrayLike) -> Array:
     return np.asarray(values)
 
 
-def _native(logits: Array) -> Array:
-    """Logits of float32 or float64 in this machine's byte order, aligned to their type."""
+def _logits(values: ArrayLike) -> Array:
+    """An array of float32 or float64 in this machine's byte order, aligned to its type."""
+    logits = values if type(values) is np.ndarray else _array("logits", values)
     if logits.dtype in _DTYPES and logits.flags.aligned:
         return logits
     dtype = logits.dtype.newbyteorder("=")

@@ -129,6 +129,7 @@ cdef extern from *:
 
 cdef enum:
     TOGETHER = 32768  # logits, in at most 32 rows: what the kernel works on side by side
+    NO_MEMORY = -4  # beside the codes of lace.h
     TO_READ = PyBUF_C_CONTIGUOUS
     TO_WRITE = PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE
 
@@ -231,9 +232,12 @@ cdef class Job:
         self.ignore_index, self.label_smoothing, self.strength = ignore_index, label_smoothing, strength
         self.divisor = 0 if divisor is None else divisor
         self.step = each is not None
-        cdef unsigned long long mode = lace_default_arithmetic()
-        self.settle(divisor is None, above)
-        lace_restore_arithmetic(mode)
+        cdef bint mean = divisor is None
+        cdef unsigned long long mode
+        with nogil:
+            mode = lace_default_arithmetic()
+            self.settle(mean, above)
+            lace_restore_arithmetic(mode)
 
     def __dealloc__(self):
         PyMem_RawFree(self.own)
@@ -242,7 +246,7 @@ cdef class Job:
         """The address of row `start`'s loss."""
         return <size_t> (self.loss + start * self.size)
 
-    cdef void settle(self, bint mean, double above) noexcept:
+    cdef void settle(self, bint mean, double above) noexcept nogil:
         """The divisor of a mean, and the factor that serves all rows."""
         if mean:
             self.divisor = self.count()
@@ -251,21 +255,20 @@ cdef class Job:
             self.unit_f32 = <float> self.unit
             self.scale = <Bytes> &self.unit_f32 if self.size == 4 else <Bytes> &self.unit
 
-    cdef double count(self) noexcept:
+    cdef double count(self) noexcept nogil:
         cdef double sum = 0
         cdef size_t i
         cdef int64_t t
         if self.probability is not NULL:
             return <double> self.n
-        with nogil:
-            for i in range(self.n):
-                t = lace_read_once(&self.target[i])
-                if t == self.ignore_index or t < 0 or <size_t> t >= self.k:
-                    continue
-                if self.weight is NULL:
-                    sum += 1
-                else:
-                    sum += (<float *> self.weight)[t] if self.size == 4 else (<double *> self.weight)[t]
+        for i in range(self.n):
+            t = lace_read_once(&self.target[i])
+            if t == self.ignore_index or t < 0 or <size_t> t >= self.k:
+                continue
+            if self.weight is NULL:
+                sum += 1
+            else:
+                sum += (<float *> self.weight)[t] if self.size == 4 else (<double *> self.weight)[t]
         return sum
 
     def run(self, size_t start, size_t stop):
@@ -273,26 +276,31 @@ cdef class Job:
 
         Raises ValueError where the kernel misses an address or cannot count so many values.
         """
-        cdef unsigned long long mode = lace_default_arithmetic()
-        try:
-            return self.run_by_default_arithmetic(start, stop)
-        finally:
+        cdef unsigned long long mode
+        cdef int64_t wrong
+        with nogil:
+            mode = lace_default_arithmetic()
+            wrong = self.blocks(start, stop)
             lace_restore_arithmetic(mode)
+        if wrong == NO_MEMORY:
+            raise MemoryError(f"no memory for rows of {self.k} logits")
+        if wrong < -1:
+            raise ValueError("an array is missing" if wrong == -2 else "there is no class, or more values than memory has")
+        return wrong
 
-    cdef object run_by_default_arithmetic(self, size_t start, size_t stop):
+    cdef int64_t blocks(self, size_t start, size_t stop) noexcept nogil:
         cdef size_t end, i, image, row = self.k * self.size, together = max(1, min(32, TOGETHER // self.k))
         cdef int64_t wrong = -1
         cdef Bytes near = NULL
         if not self.inner and self.apart != <Py_ssize_t> row:
             near = <Bytes> PyMem_RawMalloc(together * row)
             if near is NULL:
-                raise MemoryError(f"no memory for {together} rows")
-        while start < stop and wrong < 0:
+                return NO_MEMORY
+        while start < stop and wrong == -1:
             if near is not NULL:
                 end = min(stop, start + together)
-                with nogil:
-                    for i in range(start, end):
-                        memcpy(near + (i - start) * row, self.logits + <Py_ssize_t> i * self.apart, row)
+                for i in range(start, end):
+                    memcpy(near + (i - start) * row, self.logits + <Py_ssize_t> i * self.apart, row)
                 wrong = self.some(start, end - start, start * self.k, near)
             elif self.inner:
                 end = min(stop, start - start % self.inner + self.inner)
@@ -303,11 +311,9 @@ cdef class Job:
                 wrong = self.some(start, end - start, start * self.k, self.logits + start * row)
             start = end
         PyMem_RawFree(near)
-        if wrong < -1:
-            raise ValueError("an array is missing" if wrong == -2 else "there is no class, or more values than memory has")
         return wrong
 
-    cdef int64_t some(self, size_t start, size_t n, size_t skip_logits, Bytes logits):
+    cdef int64_t some(self, size_t start, size_t n, size_t skip_logits, Bytes logits) noexcept nogil:
         cdef size_t skip = start * self.size
         cdef Bytes gradient = NULL if self.gradient is NULL else self.gradient + skip_logits * self.size
         cdef Bytes loss = self.loss + skip
@@ -325,28 +331,26 @@ cdef class Job:
             f32.ignore_index = self.ignore_index
             s32.cross_entropy, s32.probability = <float *> (self.cross_entropy + skip), <float *> (self.q + skip)
             s32.rank = self.rank + start
-            with nogil:
-                if self.inner:
-                    wrong = build.columns_f32(<float *> loss, <float *> gradient, <float *> logits, target,
-                                              <float *> scale, self.step, n, self.k, self.inner, &f32)
-                else:
-                    wrong = build.rows_f32(<float *> loss, <float *> gradient, <float *> logits, target,
-                                           <float *> probability, <float *> scale, self.step, n, self.k, &f32,
-                                           NULL if self.rank is NULL else &s32)
+            if self.inner:
+                wrong = build.columns_f32(<float *> loss, <float *> gradient, <float *> logits, target,
+                                          <float *> scale, self.step, n, self.k, self.inner, &f32)
+            else:
+                wrong = build.rows_f32(<float *> loss, <float *> gradient, <float *> logits, target,
+                                       <float *> probability, <float *> scale, self.step, n, self.k, &f32,
+                                       NULL if self.rank is NULL else &s32)
         else:
             f64.weight = <double *> self.weight
             f64.label_smoothing, f64.strength = self.label_smoothing, self.strength
             f64.ignore_index = self.ignore_index
             s64.cross_entropy, s64.probability = <double *> (self.cross_entropy + skip), <double *> (self.q + skip)
             s64.rank = self.rank + start
-            with nogil:
-                if self.inner:
-                    wrong = build.columns_f64(<double *> loss, <double *> gradient, <double *> logits, target,
-                                              <double *> scale, self.step, n, self.k, self.inner, &f64)
-                else:
-                    wrong = build.rows_f64(<double *> loss, <double *> gradient, <double *> logits, target,
-                                           <double *> probability, <double *> scale, self.step, n, self.k, &f64,
-                                           NULL if self.rank is NULL else &s64)
+            if self.inner:
+                wrong = build.columns_f64(<double *> loss, <double *> gradient, <double *> logits, target,
+                                          <double *> scale, self.step, n, self.k, self.inner, &f64)
+            else:
+                wrong = build.rows_f64(<double *> loss, <double *> gradient, <double *> logits, target,
+                                       <double *> probability, <double *> scale, self.step, n, self.k, &f64,
+                                       NULL if self.rank is NULL else &s64)
         return wrong if wrong < 0 else wrong + <int64_t> start
 
     def reduce(self, out):

@@ -33,6 +33,7 @@
 #define class_of NAME(class_of)
 #define clear NAME(clear)
 #define Results NAME(Results)
+#define keep_digits NAME(keep_digits)
 #define hard_formulas NAME(hard_formulas)
 #define weigh NAME(weigh)
 #define hard_columns NAME(hard_columns)
@@ -89,6 +90,7 @@ static inline REAL rounded(Pair a)
     return finite(a.high) ? a.high + a.low : a.high;
 }
 
+#define SURE (REAL)16384.0 /* 2^14: a sum that is 2^RAISED too large and still less makes 1 - q less than 2^-50 */
 #define LARGE (REAL)4294967296.0 /* 2^32 */
 #define NEAR_ZERO (REAL)9.313225746154785e-10 /* 2^-30: below it, a 1 - q that is 2^RAISED too large serves as -log q, too */
 
@@ -362,31 +364,50 @@ static inline size_t class_of(const Job *job, size_t i)
 }
 
 /* Of rows side by side: class weight, factor of the gradient; loss, gradient at the target and, over exp, elsewhere. */
-typedef struct { REAL w[BATCH], g[BATCH], loss[BATCH], own[BATCH], others[BATCH]; } Results;
+typedef struct {
+    REAL w[BATCH], g[BATCH], loss[BATCH], own[BATCH], others[BATCH];
+    int some_large; /* of `others`: then factor_of is needed, else (x * others) * LOWER is the same */
+} Results;
+
+/* Row r again, where 1 - q is so small that it, -log q or their products may underflow before a factor brings them back:
+ * they are taken as they are before they are lowered, and a weight above 1 comes first. */
+static void keep_digits(Results *x, const Rows *rows, size_t r, REAL strength)
+{
+    const Pair s = {strength, 0}, rest = two_sum(1, -strength), scale = {x->g[r], 0}, inverse = get(&rows->inverse, r);
+    const Pair e_t = {rows->own[r], 0}, p_raised = multiply(get(&rows->others, r), inverse), p = lowered(p_raised);
+    const Pair q = multiply(e_t, inverse), n = negative_log(rows, r, rows->z[r]);
+    const Pair factor = multiply(scale, add(rest, multiply(s, add(p, multiply(q, n)))));
+    const int no_log = p_raised.high < NEAR_ZERO, heavy = x->w[r] > 1 || x->w[r] < -1;
+    const Factor g = factor_of(factor.high);
+    const Pair first = {g.first, g.last == 1 ? factor.low * LOWER : factor.low}, w = {heavy ? x->w[r] : 1, 0};
+    const Pair f = multiply(w, add(rest, multiply(s, p)));
+    const REAL loss = no_log ? rounded(multiply(f, p_raised)) * LOWER : rounded(multiply(f, n));
+    if (no_log) x->own[r] = -rounded(multiply(first, p_raised)) * g.last;
+    x->loss[r] = weighted(heavy ? 1 : x->w[r], loss);
+}
 
 static void hard_formulas(Results *x, const Rows *rows, REAL strength, size_t count)
 {
     const Pair s = {strength, 0}, rest = two_sum(1, -strength);
     for (size_t r = 0; r < count; r++) {
         const Pair inverse = get(&rows->inverse, r), e_t = {rows->own[r], 0}, scale = {x->g[r], 0};
-        const Pair others = get(&rows->others, r), p_raised = multiply(others, inverse), p = lowered(p_raised);
-        const Pair q = multiply(e_t, inverse), n = negative_log(rows, r, rows->z[r]);
-        Pair qn = multiply(q, n);
+        Pair p = lowered(multiply(get(&rows->others, r), inverse)), q = multiply(e_t, inverse);
+        Pair n = negative_log(rows, r, rows->z[r]), qn = multiply(q, n);
         qn.high = q.high == 0 ? 0 : qn.high; /* its limit where n is infinite */
         qn.low = q.high == 0 ? 0 : qn.low;
-        const Pair factor = multiply(scale, add(rest, multiply(s, add(p, qn))));
+        Pair factor = multiply(scale, add(rest, multiply(s, add(p, qn))));
         x->others[r] = rounded(multiply(factor, inverse));
-        /* Where 1 - q may underflow, and -log q with it, they are taken as they are before that, and a weight above 1
-         * comes first: the products keep their digits. */
-        const int small = p_raised.high < NEAR_ZERO, heavy = x->w[r] > 1 || x->w[r] < -1;
-        const Factor g = factor_of(factor.high);
-        const Pair by = {small ? g.first : factor.high, small && g.last == 1 ? factor.low * LOWER : factor.low};
-        const Pair of = {small ? p_raised.high : p.high, small ? p_raised.low : p.low}, w = {heavy ? x->w[r] : 1, 0};
-        const Pair n_of = {small ? p_raised.high : n.high, small ? p_raised.low : n.low};
-        x->own[r] = -rounded(multiply(by, of)) * (small ? g.last : 1);
-        const REAL loss = rounded(multiply(multiply(w, add(rest, multiply(s, p))), n_of)) * (small ? LOWER : 1);
-        x->loss[r] = weighted(heavy ? 1 : x->w[r], loss);
+        x->own[r] = -rounded(multiply(factor, p));
+        x->loss[r] = weighted(x->w[r], rounded(multiply(add(rest, multiply(s, p)), n)));
     }
+    int some_sure = 0, some_large = 0;
+    for (size_t r = 0; r < count; r++) {
+        some_sure |= rows->others.high[r] < SURE;
+        some_large |= (x->others[r] > LARGE) | (x->others[r] < -LARGE);
+    }
+    x->some_large = some_large;
+    for (size_t r = 0; some_sure && r < count; r++)
+        if (rows->others.high[r] < SURE) keep_digits(x, rows, r, strength);
 }
 
 static inline void weigh(Results *x, size_t r, const Job *job, size_t i, size_t c)
@@ -412,7 +433,8 @@ static void hard_rows(Rows *rows, const Job *job, const size_t *index, const siz
         job->loss[i] = x.loss[r];
         if (job->gradient) {
             REAL *row = job->gradient + i * k;
-            const Factor g = factor_of(x.others[r]);
+            Factor g = {x.others[r], LOWER};
+            if (x.some_large) g = factor_of(x.others[r]);
             for (size_t j = 0; j < k; j++) row[j] = (row[j] * g.first) * g.last;
             row[classes[r]] = x.own[r];
         }
@@ -470,14 +492,12 @@ static inline void hard_columns(Rows *rows, const Job *job, size_t i, size_t cou
     hard_formulas(&x, rows, job->options->strength, count);
     for (size_t r = 0; r < count; r++) job->loss[i + r] = t[r] == (BITS)-1 ? 0 : x.loss[r];
     if (!gradient) return;
-    REAL first[BATCH], last[BATCH];
-    for (size_t r = 0; r < count; r++) {
+    for (size_t j = 0; !x.some_large && j < k; j++)
+        for (size_t r = 0; r < count; r++) gradient[j * stride + r] = (e[j * e_step + r] * x.others[r]) * LOWER;
+    for (size_t r = 0; x.some_large && r < count; r++) {
         const Factor g = factor_of(x.others[r]);
-        first[r] = g.first;
-        last[r] = g.last;
+        for (size_t j = 0; j < k; j++) gradient[j * stride + r] = (e[j * e_step + r] * g.first) * g.last;
     }
-    for (size_t j = 0; j < k; j++)
-        for (size_t r = 0; r < count; r++) gradient[j * stride + r] = (e[j * e_step + r] * first[r]) * last[r];
     for (size_t r = 0; r < count; r++)
         if (t[r] != (BITS)-1) gradient[(size_t)t[r] * stride + r] = x.own[r];
     for (size_t j = 0; some_ignored && j < k; j++)
@@ -667,6 +687,7 @@ void NAME(lace_sum)(double sum[2], const REAL *values, size_t n)
 #undef log_1_plus
 #undef CHUNK
 #undef BATCH
+#undef SURE
 #undef LARGE
 #undef NEAR_ZERO
 #undef GROUP
@@ -690,6 +711,7 @@ void NAME(lace_sum)(double sum[2], const REAL *values, size_t n)
 #undef class_of
 #undef clear
 #undef Results
+#undef keep_digits
 #undef hard_formulas
 #undef weigh
 #undef hard_columns
