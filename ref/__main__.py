@@ -12,32 +12,18 @@ Exit status: 0 if all hold, 1 if a value is wrong, 2 if an answer or the vectors
 from __future__ import annotations
 
 import argparse
-import importlib
+import signal
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import loss as definition
-from .check import (
-    FORMATS,
-    LEVELS,
-    VECTORS,
-    Answer,
-    Case,
-    Implementation,
-    PortError,
-    Result,
-    VectorError,
-    command_port,
-    explain,
-    judge,
-    python_port,
-    read,
-    run,
-)
+from .case import FORMATS, LEVELS, VECTORS, Answer, Case, VectorError, read
+from .check import Implementation, PortError, Result, answers_of, explain, judge, python_port, run
 from .peers import compare
 
 FAILURES_SHOWN = 5
@@ -197,36 +183,38 @@ def check(args: argparse.Namespace) -> int:
     """Certify one port: print each level's result and the first failures."""
     if (args.port is None) == (args.command is None):
         raise PortError("give either MODULE:FN or --command")
-    levels = [level for level in args.levels if level != "second" or args.command or args.product]
+    levels = [level for level in args.levels if level != "second" or args.product or args.port is None]
     if len(levels) < len(args.levels):
         print("second: not checked, it needs --product")
-    function, product = imported(args.port), imported(args.product)
     failed = 0
-    for name, cases in vectors(args.vectors, args.dtypes, levels).items():
-        if args.command:
-            answers = command_port(args.command, cases, args.timeout)
-            results = [judge(case, answers[case.number], args.plain, args.flushed) for case in cases]
-        else:
-            results = run(python_port(function, product, args.timeout), cases, args.plain, args.flushed)
+    files = vectors(args.vectors, args.dtypes, levels)
+    # A program is started for each file, a port in Python is imported once for all.
+    in_python = None
+    if args.command is None:
+        functions = [args.port] if args.product is None else [args.port, args.product]
+        in_python = answers_of(functions, [case for cases in files.values() for case in cases], args.timeout)
+    for name, cases in files.items():
+        answers = list(islice(in_python, len(cases)) if in_python else answers_of(args.command, cases, args.timeout))
+        results = [judge(case, answer, args.plain, args.flushed) for case, answer in zip(cases, answers, strict=True)]
         wrong = [result for result in results if not result.holds]
         for result in wrong[: max(0, FAILURES_SHOWN - failed)]:
             print(explain(result))
         failed += len(wrong)
         print(f"{name:<18} {len(cases):>4} cases, {len(wrong)} failed; worst ulp {cell(results)}")
+    if in_python:
+        next(in_python, None)  # raises where it does not end well
     return 1 if failed else 0
 
 
-def imported(name: str | None) -> Any:
-    """What MODULE:FN names, with a file FOLDER/MODULE.py as well; else the working folder is searched first."""
-    if name is None:
-        return None
-    module, _, attribute = name.rpartition(":")
-    file = Path(module)
-    sys.path.insert(0, str(file.parent) if file.suffix == ".py" else "")
+def seconds(word: str) -> float:
+    """Those of --timeout: a day at most, since threads cannot wait for any number of them."""
     try:
-        return getattr(importlib.import_module(file.stem if file.suffix == ".py" else module), attribute)
-    except (Exception, SystemExit) as error:
-        raise PortError(f"{name!r} is not a MODULE:FN that imports: {error}") from error
+        found = float(word)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 86400:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number of seconds above 0 and up to 86400")
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -248,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
         "--flushed", action="store_true", help="allow what is lost where subnormal numbers are taken for 0"
     )
     port.add_argument(
-        "--timeout", type=float, default=60, help="seconds a case, or with --command a file; default %(default)s"
+        "--timeout", type=seconds, default=60, help="seconds until the next answer, or the end; default %(default)s"
     )
     commands.add_parser("peers", help="compare with what people use today")
     return top
@@ -260,10 +248,12 @@ def main(arguments: list[str]) -> int:
         if args.what == "peers":
             return compare(args.vectors)
         return check(args) if args.what == "check" else cross_validate(args.vectors)
-    except (VectorError, PortError) as error:
+    except (VectorError, PortError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
+    # Who ends the checker ends the port, too, which is in a session of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main(sys.argv[1:]))

@@ -7,15 +7,11 @@ They name the likely cause of a wrong answer, and the tests prove with them that
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from .check import Answer, Case
-
-Array = NDArray[Any]
+from .case import Answer, Array, Case
 
 
 class Plain:

@@ -7,6 +7,7 @@ digits give the same bytes (`test_vectors.py`).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -745,11 +746,14 @@ ALL: dict[str, tuple[tuple[str, ...], Callable[[str], Iterator[Case]]]] = {
 
 
 def write(out: Path, digits: int) -> None:
+    texts = {}
     with mpmath.workdps(digits + 20):
         for level, (dtypes, cases) in ALL.items():
             for dtype in dtypes:
-                text = file_text(dtype, level, list(cases(dtype)))
-                (out / f"{dtype}-{level}.txt").write_text(text, "ascii", newline="\n")
+                texts[f"{dtype}-{level}.txt"] = file_text(dtype, level, list(cases(dtype)))
+    sums = [f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in sorted(texts.items())]
+    for name, text in (texts | {"SHA256SUMS": "".join(sums)}).items():
+        (out / name).write_text(text, "ascii", newline="\n")
 
 
 if __name__ == "__main__":

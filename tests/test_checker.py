@@ -1,7 +1,12 @@
 """The checker: it passes what is right, names what is wrong and why, and tells wrong values from no answer."""
 
+import os
 import re
+import resource
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +15,8 @@ import pytest
 from lace_loss import ext, ref
 from lace_loss.ref import mistakes
 from lace_loss.ref.__main__ import main
-from lace_loss.ref.check import FORMATS, VECTORS, judge, read
+from lace_loss.ref.case import FORMATS, VECTORS, read
+from lace_loss.ref.check import judge
 
 # Each planted mistake and the categories that have to find it; the first is enough for a port without that option.
 FOUND_BY = {
@@ -140,6 +146,86 @@ def test_a_port_may_be_named_by_its_file(capsys, monkeypatch):
     assert "'/nowhere/port.py:answer' is not a MODULE:FN that imports" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("port.py", "it has no function after a colon, as in 'port.py:answer'"),
+        ("port.py:", "it has no function after a colon, as in 'port.py:answer'"),
+        (":answer", "it has no function after a colon, as in 'port.py:answer'"),
+        ("", "it has no function after a colon, as in 'port.py:answer'"),
+        ("other.py:answer", "there is no file 'other.py'"),
+        ("my.port.py:answer", "Python cannot import 'my.port.py', rename it to letters, digits and '_'"),
+        ("port.py:other", "AttributeError: "),
+        ("port.py:number", "it is of type int, not a function"),
+        ("ends.py:answer", "SystemExit: 0"),
+        ("nowhere:answer", "ModuleNotFoundError: "),
+    ],
+)
+def test_a_name_that_is_no_function_gets_a_sentence(name, sentence, tmp_path, capsys, monkeypatch):
+    (tmp_path / "port.py").write_text("number = 1\n")
+    (tmp_path / "my.port.py").write_text("number = 1\n")
+    (tmp_path / "ends.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", name]) == 2
+    assert f"{name!r} is not a MODULE:FN that imports: {sentence}" in capsys.readouterr().err
+
+
+def test_an_import_that_ends_or_blocks_the_process_is_status_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lace_loss.ref.check.IMPORT_SECONDS", 1.5)
+    port = tmp_path / "port.py"
+    port.write_text("import os\nos._exit(0)\n")
+    assert main(["check", f"{port}:answer"]) == 2
+    assert f"{port}:answer: its import ended the process" in capsys.readouterr().err
+    port.write_text("import time\ntime.sleep(60)\n")
+    assert main(["check", f"{port}:answer"]) == 2
+    assert f"{port}:answer: no end of its import after 1.5 s" in capsys.readouterr().err
+
+
+# What a port may do to its process before it answers.
+MANNERS = {
+    "leaves-at-once": "os._exit(0)",
+    "leaves": "sys.exit(0)",
+    "leaves-without-a-status": "raise SystemExit",
+    "is-interrupted": "raise KeyboardInterrupt",
+    "kills-itself": "os.kill(os.getpid(), signal.SIGKILL)",
+    "kills-its-group": "os.killpg(0, signal.SIGKILL)",
+    "forks-and-the-child-goes-on": "if os.fork(): os._exit(0)",
+    "forks-and-both-go-on": "os.fork()",
+    "closes-everything": "os.closerange(0, 100)",
+    "closes-its-outputs": "sys.stdout.close(); sys.stderr.close(); os.closerange(0, 3)",
+    "prints-answers": "print('case 1\\nloss 3fbfc617c3efd1d2\\ngradient nan nan\\nend', flush=True)",
+    "prints-without-end": "while True: print('x' * 1000)",
+    "reads-the-questions": "sys.stdin.read()",
+    "is-strict-with-numbers": "np.seterr(all='raise')",
+    "exits-later": "atexit.register(os._exit, 0)",
+    "leaves-a-thread": "threading.Thread(target=time.sleep, args=(60,)).start()",
+    "patches-numpy": "np.all = np.any = lambda *_, **__: True; np.abs = lambda x: 0 * x; np.isnan = np.isinf",
+    "patches-the-checker": "check.judge = check.explain = case.read = lambda *_: None; check.VECTORS = None",
+    "patches-the-answers": "check.asked_values = answer.asked_values = lambda *_: np.zeros(1)",
+    "patches-print": "builtins.print = lambda *_, **__: None",
+}
+HARMLESS = {
+    "closes-its-outputs", "prints-answers", "reads-the-questions", "is-strict-with-numbers", "exits-later",
+    "leaves-a-thread", "patches-the-checker",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_no_manners_let_a_wrong_port_pass_and_harmless_ones_a_right_one(manner, tmp_path, capsys):
+    port = tmp_path / "port.py"
+    port.write_text(
+        "import atexit, builtins, os, signal, sys, threading, time\nimport numpy as np\nfrom lace_loss import ext\n"
+        "from lace_loss.ref import answer, case, check\n"
+        f"def right(z, t, **options):\n    {MANNERS[manner]}\n    return ext.forward_backward(z, t, **options)\n"
+        f"def wrong(z, t, **options):\n    {MANNERS[manner]}\n    return np.zeros(np.shape(t)), np.zeros(z.shape)\n"
+    )
+    of_one_file = ["--levels", "gradient", "--dtypes", "f64"]
+    assert main(["check", f"{port}:wrong", *of_one_file]) in (1, 2)
+    assert "Traceback" not in capsys.readouterr().err
+    if manner in HARMLESS:
+        assert main(["check", f"{port}:right", *of_one_file]) == 0
+
+
 def test_a_hessian_product_is_checked_when_named(capsys):
     assert check("test_checker:port", "--product", "lace_loss.ref:hessian_vector_product", "--levels", "second") == 0
 
@@ -159,7 +245,7 @@ def test_a_wrong_port_fails_with_inputs_values_ulp_and_cause(capsys):
         ("integers", "case 1 .*: loss must be floating, got int64"),
         ("leaves", "case 1 .*: SystemExit: 0"),
         ("ragged", "case 1 .*: ValueError"),
-        ("hangs", "case 1 .*: TimeoutError: no answer after 0.5 s"),
+        ("hangs", "case 1 .*: no answer after 0.5 s"),
         ("missing", "'test_checker:missing' is not a MODULE:FN that imports"),
     ],
 )
@@ -217,7 +303,7 @@ def test_a_program_in_another_language_is_certified_through_a_pipe(tmp_path, cap
         ("print('case 1\\nloss 12\\nend')", "'12' is not 16 hexadecimal digits"),
         ("print('case 1\\nend')", "no answer"),
         ("import sys; sys.exit(3)", "exit status 3"),
-        ("import time; time.sleep(60)", "no end after 0.5 s"),
+        ("import time; time.sleep(60)", "case 1 two-classes (nominal): no answer after 0.5 s"),
         ("", "no answer"),
     ],
 )
@@ -225,6 +311,178 @@ def test_a_program_that_prints_garbage_or_hangs_is_status_2(tmp_path, body, mess
     command = program(tmp_path, body)
     assert main(["check", "--command", command, "--levels", "core", "--dtypes", "f64", "--timeout", "0.5"]) == 2
     assert message in capsys.readouterr().err
+
+
+def core_answers(dtype="f64"):
+    """Right answers to the cases of a core file, as a program prints them."""
+    return "".join(f"case {c.number}\nloss {c.words['loss'][0]}\nend\n" for c in read(VECTORS / f"{dtype}-core.txt"))
+
+
+def printed_by_a_program(tmp_path, capsys, text, dtype="f64", then=""):
+    """Exit status and error of the check of a program that prints a text, and reads nothing."""
+    (tmp_path / "text").write_bytes(text.encode())
+    command = f"cat {tmp_path / 'text'}{then}"
+    status = main(["check", "--command", command, "--levels", "core", "--dtypes", dtype, "--timeout", "2"])
+    return status, capsys.readouterr().err
+
+
+def test_a_program_that_reads_nothing_and_ends_its_lines_as_windows_does_may_be_right(tmp_path, capsys):
+    assert printed_by_a_program(tmp_path, capsys, core_answers()) == (0, "")
+    assert printed_by_a_program(tmp_path, capsys, core_answers().replace("\n", "\r\n")) == (0, "")
+    assert printed_by_a_program(tmp_path, capsys, core_answers(), then="; exec <&-") == (0, "")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("wider", [np.float32, np.float64])
+def test_an_answer_may_be_of_a_wider_type(dtype, wider, tmp_path, capsys):
+    def widened(word):
+        return wider(FORMATS[dtype].decode([word])[0]).tobytes()[::-1].hex()
+
+    text = re.sub("(?<=loss )[0-9a-f]+$", lambda found: widened(found[0]), core_answers(dtype), flags=re.MULTILINE)
+    assert printed_by_a_program(tmp_path, capsys, text, dtype) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda text: text + "case 137\nloss 0\nend\n", "f64-core.txt: an answer beyond the last case: 'case 137"),
+        (lambda text: text + text, "f64-core.txt: an answer beyond the last case: 'case 1 "),
+        (lambda text: text + "thanks\n", "f64-core.txt: the answer is cut short"),
+        (lambda text: text[:-5], "f64-core.txt case 136 "),
+        (lambda text: text.replace("loss", "lose", 1), "(nominal): the key 'lose' is none of loss, gradient, product"),
+        (lambda text: text.replace("loss", "loss 0\nloss", 1), "(nominal): loss: '0' is not 16 hexadecimal digits"),
+        (lambda text: re.sub("(loss .*\n)", r"\1\1", text, count=1), "(nominal): the key 'loss' stands twice"),
+        (lambda text: re.sub("loss .*\n", "", text, count=1), "(nominal): no answer for the key 'loss'"),
+        (lambda text: re.sub("loss .*", "loss", text, count=1), "(nominal): 1 values expected for loss, got 0"),
+        (lambda text: text.replace("loss ", "loss nan ", 1), "(nominal): 1 values expected for loss, got 2"),
+        (lambda text: text.replace("loss 3fb", "loss 3FB", 1), "16 hexadecimal digits in lower case"),
+        (lambda text: text.replace("loss 3fb", "loss 3\x1b", 1), "'3\\x1b"),
+        (lambda text: re.sub("loss .*", "error no such class", text, count=1), "(nominal): no such class"),
+        (lambda text: re.sub("loss .*", "error", text, count=1), "(nominal): refused, but every index is a class"),
+        (lambda text: text.replace("loss", "error\nloss", 1), "(nominal): the key 'error' is none of"),
+        (lambda text: text.replace("case 2\n", "case 3\n"), "the answer begins with 'case 3', not 'case 2'"),
+        (lambda text: text.replace("loss", "loss \xe9\x00", 1), "(nominal): 1 values expected for loss, got 2"),
+    ],
+)
+def test_an_answer_that_is_not_of_the_protocol_is_status_2_and_names_case_and_key(damage, sentence, tmp_path, capsys):
+    status, error = printed_by_a_program(tmp_path, capsys, damage(core_answers()))
+    assert status == 2
+    assert sentence in error
+
+
+@pytest.mark.parametrize(
+    ("then", "sentence"),
+    [
+        ("; echo no >&2; exit 3", "f64-core.txt: exit status 3: no"),
+        ("; kill -9 $$", "f64-core.txt: ended by signal 9"),
+        ("; sleep 60", "f64-core.txt: no end after 2 s"),
+    ],
+)
+def test_right_answers_with_a_bad_end_are_status_2(then, sentence, tmp_path, capsys):
+    status, error = printed_by_a_program(tmp_path, capsys, core_answers(), then=then)
+    assert status == 2
+    assert sentence in error
+
+
+def in_little_memory():
+    resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        ("yes", "output"),
+        ("yes | cat", "output"),
+        ("cat /dev/zero", "output"),
+        ("yes end", None),
+        ("yes >&2", "error"),
+        ("cat /dev/zero >&2", "error"),
+    ],
+)
+def test_output_without_end_takes_neither_memory_nor_time(command, output):
+    done = subprocess.run(
+        [sys.executable, "-m", "lace_loss.ref", "check", "--command", command, "--dtypes", "f32"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        preexec_fn=in_little_memory,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    sentence = f"bytes of standard {output}, which no right answer needs" if output else "the answer begins with ''"
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def ended(processes):
+    """Whether all these processes have ended within a few seconds."""
+    for _ in range(100):
+        states = subprocess.run(["ps", "-o", "stat=", "-p", processes], capture_output=True, text=True).stdout.split()
+        if all(state.startswith("Z") for state in states):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sleep 600 & echo $! > {0}; (sleep 600 & echo $! >> {0}; wait); wait",
+        "sleep 600 & echo $! > {0}; cat {1}",  # its end is a good one
+        "sleep 600 & echo $! > {0}; exit 3",
+        "sleep 600 & echo $! > {0}; yes",
+    ],
+)
+def test_nothing_that_a_program_has_started_lives_on(command, tmp_path, capsys):
+    processes, text = tmp_path / "processes", tmp_path / "text"
+    text.write_text(core_answers())
+    arguments = ["--levels", "core", "--dtypes", "f64", "--timeout", "2"]
+    assert main(["check", "--command", command.format(processes, text), *arguments]) == (0 if "cat" in command else 2)
+    assert ended(",".join(processes.read_text().split()))
+
+
+def test_who_ends_the_checker_ends_its_port(tmp_path):
+    file = tmp_path / "process"
+    command = [sys.executable, "-m", "lace_loss.ref", "check", "--command", f"sleep 600 & echo $! > {file}; wait"]
+    with subprocess.Popen(command) as checker:
+        while not (file.exists() and file.read_text().endswith("\n")):
+            time.sleep(0.05)
+        checker.terminate()
+    assert checker.returncode == 143
+    assert ended(file.read_text().strip())
+
+
+@pytest.mark.parametrize("word", ["-1", "0", "nan", "inf", "1e300", "a", "86401"])
+def test_a_timeout_that_is_no_time_gets_a_sentence(word, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["check", "test_checker:port", "--timeout", word])
+    assert end.value.code == 2
+    assert f"{word!r} is not a number of seconds above 0 and up to 86400" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["test_checker:port", "--command", "true"]])
+def test_a_check_of_none_or_two_ports_is_status_2(arguments, capsys):
+    assert main(["check", *arguments]) == 2
+    assert "give either MODULE:FN or --command" in capsys.readouterr().err
+
+
+def test_a_program_is_checked_where_there_are_no_process_groups_and_alarms(tmp_path):
+    (tmp_path / "text").write_text(core_answers())
+    as_on_windows = (
+        "import os, signal, sys, numpy; del os.killpg, signal.SIGALRM; sys.platform = 'win32'\n"
+        "from lace_loss.ref.__main__ import main\n"
+        "arguments = ['--levels', 'core', '--dtypes', 'f64', '--timeout', '1']\n"
+        f"assert main(['check', '--command', 'cat {tmp_path / 'text'}', *arguments]) == 0\n"
+        "assert main(['check', '--command', 'exec sleep 60', *arguments]) == 2\n"
+    )
+    done = subprocess.run([sys.executable, "-c", as_on_windows], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "error: f64-core.txt case 1 two-classes (nominal): no answer after 1 s\n"
+
+
+def test_an_empty_command_is_a_program_without_an_answer(capsys):
+    assert main(["check", "--command", ""]) == 2
+    assert "f64-core.txt case 1 two-classes (nominal): no answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -252,6 +510,144 @@ def test_damaged_vectors_are_status_2_and_name_the_line(tmp_path, damage, messag
     error = capsys.readouterr().err
     assert "f64-core.txt" in error
     assert message in error
+
+
+# The first case of f32-gradient.txt, as a file; its line 5 is a comment.
+WHOLE = re.sub("count [0-9]+", "count 1", (VECTORS / "f32-gradient.txt").read_text().split("\ncase 2")[0]) + "\n"
+SECOND_CASE = WHOLE[WHOLE.index("case 1") :].replace("case 1 ", "case 2 ")
+
+
+def damaged(tmp_path, capsys, text):
+    """Error of a check with f32-gradient.txt of this text, after its name."""
+    (tmp_path / "f32-gradient.txt").write_bytes(text.encode("latin-1"))
+    arguments = ["test_checker:port", "--levels", "gradient", "--dtypes", "f32"]
+    assert main(["--vectors", str(tmp_path), "check", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error.removeprefix("error: f32-gradient.txt, line ").strip()
+
+
+def before_the_end(line):
+    return WHOLE.replace("\nreduction", f"\n{line}\nreduction")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (WHOLE.replace("dtype f32\n", "dtype f8\n"), "2: 'f8' is no dtype"),
+        (WHOLE.replace("dtype f32\n", ""), "5: the header lacks dtype"),
+        (WHOLE.replace("dtype f32\n", "dtype f32\ndtype f32\n"), "3: 'dtype' does not belong here"),
+        (WHOLE.replace("count 1", "count -1"), "4: '-1' is no count"),
+        (WHOLE.replace("\n", "\r\n"), "1: the byte 0x0d is not printable ASCII"),
+        (WHOLE.replace("two", "tw\xf6"), "6: the byte 0xf6 is not printable ASCII"),
+        (WHOLE.replace("two", "\x1b[31m"), "6: the byte 0x1b is not printable ASCII"),
+        (WHOLE.replace("target 0", "target\t0"), "10: the byte 0x09 is not printable ASCII"),
+        (WHOLE.replace("target 0", "target 0 "), "10: 1 values expected for target, got 2"),
+        (WHOLE.replace("target 0\n", "target 0\n\n"), "11: '' does not belong here"),
+        (WHOLE.replace("case 1", "case 2"), "6: 'case 2 two-classes' is not 'case 1 NAME'"),
+        (WHOLE.replace("two-classes", "two classes"), "6: 'case 1 two classes' is not 'case 1 NAME'"),
+        (before_the_end("target 0"), "11: 'target' stands twice in this case"),
+        (before_the_end("probabilities 0 0"), "10: 'target' does not belong to such a case"),
+        (before_the_end("vector 00000000 00000000"), "11: 'vector' does not belong to such a case"),
+        (before_the_end("put 0 00000000"), "11: 'put' does not belong to such a case"),
+        (WHOLE.replace("category nominal\n", ""), "16: 'category' is missing"),
+        (re.sub("loss-tolerance .*\n", "", WHOLE), "16: 'loss-tolerance' is missing"),
+        (re.sub("gradient .*\n", "", WHOLE), "16: 'gradient' is missing"),
+        (WHOLE.replace("shape 2", "shape -2"), "8: '-2' is not an integer from 0 to 4194304"),
+        (WHOLE.replace("shape 2", "shape 2.0"), "8: '2.0' is not an integer"),
+        (WHOLE.replace("shape 2", "shape 1_0"), "8: '1_0' is not an integer"),
+        (WHOLE.replace("shape 2", "shape " + "9" * 5000), "8: '9999999999999999999999999999999999999999' is not an"),
+        (WHOLE.replace("shape 2", "shape 100000 100000"), "8: more than 4194304 logits"),
+        (WHOLE.replace("shape 2", "shape 0 4194304 4194304"), "8: more than 4194304 logits"),
+        (WHOLE.replace("shape 2", "shape 3 0"), "8: a shape has 1 to 8 axes, and at least one class"),
+        (WHOLE.replace("shape 2", "shape" + " 1" * 9), "8: a shape has 1 to 8 axes, and at least one class"),
+        (WHOLE.replace("shape 2", "shape 3"), "9: 3 values expected for logits, got 2"),
+        (WHOLE.replace("shape 2", "shape 2 2"), "9: 4 values expected for logits, got 2"),
+        (WHOLE.replace("logits 3f000000", "logits 7fc00000"), "9: a NaN is written 'nan'"),
+        (WHOLE.replace("logits 3f000000", "logits 3F000000"), "9: '3F000000' is not 8 hexadecimal digits in lower"),
+        (WHOLE.replace("logits 3f000000", "logits 3f00000000000000"), "9: '3f00000000000000' is not 8 hexadecimal"),
+        (re.sub("logits .*", "lcg 4294967296 -21", WHOLE), "9: '4294967296' is not an integer from 0 to 4294967295"),
+        (re.sub("logits .*", "lcg 1 105", WHOLE), "9: '105' is not an integer from -149 to 104"),
+        (re.sub("logits .*", "lcg 1 -21\nput 2 00000000", WHOLE), "10: '2' is not an integer from 0 to 1"),
+        (re.sub("logits .*", "lcg 1 -21\nput 1 0", WHOLE), "10: '0' is not 8 hexadecimal digits"),
+        (WHOLE.replace("target 0", "target 2"), "10: class 2 is not from 0 to 1, and no error is expected"),
+        (WHOLE.replace("target 0", "target -1"), "10: class -1 is not from 0 to 1, and no error is expected"),
+        (WHOLE.replace("target 0", "target 9223372036854775808"), "10: '9223372036854775808' is not an integer"),
+        (before_the_end("ignore-index 0.5"), "11: '0.5' is not an integer"),
+        (before_the_end("weight 3f800000"), "11: 2 values expected for weight, got 1"),
+        (before_the_end("weight 3f800000 nan"), "11: weight has to be finite"),
+        (before_the_end("grad-output 7f800000"), "11: grad-output has to be finite"),
+        (before_the_end("strength 3f800000"), "11: '3f800000' is not 16 hexadecimal digits"),
+        (before_the_end("strength 4000000000000000"), "11: strength is from 0 to 1"),
+        (before_the_end("smoothing nan"), "11: smoothing has to be finite"),
+        (WHOLE.replace("plain 7", "plain 0.5"), "16: '0.5' is not an integer from 1 to"),
+        (WHOLE.replace("plain 7", "plain 1e999"), "16: '1e999' is not an integer from 1 to"),
+        (before_the_end("at 0"), "15: 1 values expected for gradient, got 2"),
+        (before_the_end("at"), "11: 1 values expected for at, got 0"),
+        (before_the_end("at 1 2"), "11: '2' is not an integer from 0 to 1"),
+        (before_the_end("at 1 0"), "11: the indices of at have to increase"),
+        (before_the_end("at 1 1"), "11: the indices of at have to increase"),
+        (before_the_end("expect error"), "13: 'loss' does not belong to such a case"),
+        (before_the_end("expect"), "13: 'loss' does not belong to such a case"),
+        (re.sub("(?s)loss .*end", "expect nothing\nend", WHOLE), "12: 'nothing' is not 'error'"),
+        (WHOLE.replace("reduction none", "reduction average"), "11: a reduction is none, mean or sum"),
+        (re.sub("loss .*", "loss nan", WHOLE), "12: a NaN is expected, but every logit is finite and no mean is taken"),
+        (re.sub("loss-tolerance .*", "loss-tolerance nan", WHOLE), "13: loss-tolerance has to be finite"),
+        (re.sub("loss-tolerance .*", "loss-tolerance bf800000", WHOLE), "13: a tolerance is not negative"),
+        (
+            re.sub("(?s)loss .*end", "expect error\nend", WHOLE),
+            "12: an error is expected, but every target is a class or ignored",
+        ),
+        (
+            re.sub("logits .*", "lcg 1 -21", (WHOLE + SECOND_CASE).replace("shape 2", "shape 4000000")),
+            "14: 4000000 values expected for gradient, got 2",
+        ),
+    ],
+)
+def test_a_rule_of_the_format_that_is_broken_is_named_with_its_line(text, message, tmp_path, capsys):
+    assert damaged(tmp_path, capsys, text).startswith(message)
+
+
+def test_the_cases_of_a_file_have_so_many_logits_together(tmp_path, capsys):
+    enormous = re.sub("gradient .*\n.* .*", "at 0\ngradient 00000000\ngradient-tolerance 00000000", WHOLE)
+    enormous = re.sub("logits .*", "lcg 1 -21", enormous).replace("shape 2", "shape 4194304")
+    enormous += enormous[enormous.index("case 1") :].replace("case 1 ", "case 2 ")
+    assert damaged(tmp_path, capsys, enormous).endswith("the cases have more than 4194304 logits together")
+
+
+def test_a_name_says_dtype_and_level_and_only_a_file_is_read(tmp_path, capsys):
+    (tmp_path / "f64-core.txt").write_text(WHOLE)
+    core = ["check", "test_checker:port", "--levels", "core", "--dtypes", "f64"]
+    assert main(["--vectors", str(tmp_path), *core]) == 2
+    assert "f64-core.txt: its header is that of f32-gradient.txt" in capsys.readouterr().err
+    (tmp_path / "f64-core.txt").unlink()
+    os.mkfifo(tmp_path / "f64-core.txt")
+    assert main(["--vectors", str(tmp_path), *core]) == 2
+    assert f"{tmp_path / 'f64-core.txt'} is not a file" in capsys.readouterr().err
+
+
+def test_shipped_vectors_are_read_only_as_they_were_shipped_and_those_of_another_folder_by_their_rules(
+    tmp_path, capsys, monkeypatch
+):
+    folder = tmp_path / "vectors"
+    shutil.copytree(VECTORS, folder)
+    core = ["--vectors", str(folder), "check", "test_checker:port", "--levels", "core", "--dtypes", "f64"]
+    sys.path.insert(0, str(Path(__file__).parent))
+    file, sums = folder / "f64-core.txt", folder / "SHA256SUMS"
+    file.write_text(file.read_text().replace("# Exact", "# exact"))
+    assert main(core) == 0
+    monkeypatch.setattr("lace_loss.ref.case.VECTORS", folder)
+    assert main(core) == 2
+    assert (
+        f"{file}: its SHA-256 is not that of SHA256SUMS: the file is not as it was shipped" in capsys.readouterr().err
+    )
+    shutil.copy(VECTORS / file.name, file)
+    assert main(core) == 0
+    sums.write_text(re.sub(f".*{file.name}\n", "", sums.read_text()))
+    assert main(core) == 2
+    sums.unlink()
+    assert main(core) == 2
+    assert "SHA256SUMS" in capsys.readouterr().err
 
 
 def test_an_ulp_is_that_of_the_dtype():

@@ -10,7 +10,6 @@ import importlib.metadata
 import io
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import resource
@@ -31,9 +30,11 @@ import pytest
 for needed in ("torch", "sklearn", "scipy", "matplotlib", "torchvision", "tqdm"):
     pytest.importorskip(needed)
 
+import kills  # noqa: E402
 import mpmath  # noqa: E402
 import scipy.optimize  # noqa: E402
 import torch  # noqa: E402
+from kills import figures, kill, server, start  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from lace_loss import ref  # noqa: E402
@@ -50,25 +51,15 @@ from lace_loss.train.store import load_checkpoint, previous, read_record, save_c
 
 CPU = torch.device("cpu")
 SMALL = ["--epochs", "3", "--width", "1", "--device", "cpu", "--threads", "1"]
-TIMINGS = ("seconds", "images_per_second", "command")
 
 
 def small(out: Path, *more: str) -> list[str]:
     return [*SMALL, "--loss", "lace", "--out", str(out), *more]
 
 
-def figures(record: Path) -> list[Record]:
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-
-
 def weights(out: Path) -> dict[str, bytes]:
     """Of a record, or of the only one in a folder."""
-    record = next(out.glob("*.jsonl")) if out.is_dir() else out
-    state = load_checkpoint(record.with_suffix(".checkpoint"), CPU)
-    assert state is not None
-    momentum = {str(k): v for k, v in enumerate(state["momentum"])}
-    return {name: tensor.numpy().tobytes() for name, tensor in (state["model"] | momentum).items()}
+    return kills.weights(next(out.glob("*.jsonl")) if out.is_dir() else out)
 
 
 def images(folder: Path, size: tuple[int, int] = (8, 8), n: int = 3) -> Path:
@@ -468,56 +459,11 @@ def test_runs_by_graphs_are_those_of_eager_steps_also_when_stopped_and_resumed(
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
-# Its children have torch loaded and no threads.
-server = multiprocessing.get_context("forkserver")
-
-
-def child(arguments: list[str], limits: dict[int, int], said: Path) -> None:
-    torch.set_num_threads(1)
-    for what, limit in limits.items():
-        resource.setrlimit(what, (limit, limit))
-    with open(os.devnull, "w") as sys.stdout, open(said, "w") as sys.stderr:
-        status = main(arguments)
-    os._exit(status)
-
-
-def start(
-    arguments: list[str], limits: dict[int, int] | None = None, said: Path = Path(os.devnull)
-) -> multiprocessing.process.BaseProcess:
-    server.set_forkserver_preload(["lace_loss.train.__main__"])
-    process = server.Process(target=child, args=(arguments, limits or {}, said))
-    process.start()
-    return process
-
 
 def test_a_run_killed_twenty_times_at_random_moments_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    epochs, whole = ["--epochs", "12"], tmp_path / "whole"
-    assert main(small(whole, *epochs)) == 0
-    start(small(tmp_path / "clock", *epochs)).join()  # and the server has loaded torch
-    before = time.perf_counter()
-    start(small(tmp_path / "clock again", *epochs)).join()
-    seconds = time.perf_counter() - before
-    random, kills, killed_in, n = np.random.default_rng(0), 0, set[int | None](), 0
-    while kills < 20:
-        out = tmp_path / str(n)
-        process = start(small(out, *epochs))
-        process.join(seconds * random.uniform(0, 1))
-        if process.is_alive():
-            process.kill()
-            process.join()
-            kills += 1
-            record = out / "digits_lace_seed0_w1.jsonl"
-            killed_in.add(len(read_record(record)["epochs_log"]) if record.exists() else None)
-        n += (out / "digits_lace_seed0_w1.jsonl").exists() and "final" in read_record(
-            out / "digits_lace_seed0_w1.jsonl"
-        )
-    assert len(killed_in) > 3, "kills must fall into different epochs"
-    for k in range(n + 1):
-        assert main(small(tmp_path / str(k), *epochs)) == 0
-        assert figures(tmp_path / str(k) / "digits_lace_seed0_w1.jsonl") == figures(
-            whole / "digits_lace_seed0_w1.jsonl"
-        )
-        assert weights(tmp_path / str(k)) == weights(whole)
+    found = kill(tmp_path, 20)
+    assert found["kills"] == 20
+    assert sum("epoch" in state for state in found) > 3, "kills must fall into different epochs"
 
 
 def test_a_kill_before_the_records_last_line_costs_that_line_alone(finished: Path, tmp_path: Path) -> None:

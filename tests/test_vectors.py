@@ -1,6 +1,9 @@
 """The golden vectors: reproducible, explained, and exact by witnesses other than their generator."""
 
+import hashlib
 import re
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from lace_loss import ref
 
 VECTORS = Path(__file__).parent.parent / "ref" / "vectors"
 FILES = sorted(VECTORS.glob("*.txt"))
+SUMS = VECTORS / "SHA256SUMS"
 NUMPY = {"f64": (np.float64, np.uint64), "f32": (np.float32, np.uint32), "f16": (np.float16, np.uint16)}
 
 
@@ -30,9 +34,18 @@ def f64(words):
 
 def test_200_digits_give_the_same_bytes(tmp_path):
     make_vectors.write(tmp_path, 200)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [path.name for path in FILES]
-    for path in FILES:
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in [*FILES, SUMS]}
+    for path in [*FILES, SUMS]:
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_sums_are_those_of_the_files_in_the_format_of_sha256sum():
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in FILES]
+    assert SUMS.read_text() == "".join(lines)
+    tool = shutil.which("sha256sum") or pytest.skip("no sha256sum")
+    done = subprocess.run([tool, "--check", "--strict", SUMS.name], cwd=VECTORS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "".join(f"{path.name}: OK\n" for path in FILES)
 
 
 def test_headers_count_their_cases_and_the_whole_stays_small():
