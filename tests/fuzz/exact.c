@@ -1,0 +1,164 @@
+/* The formulas of ref/loss.py in 113 bits: even a sum of 100,000 terms is good to 2^-95 of its size.
+ *
+ * The bounds are those of tests/tolerances.py, which tests/test_fuzz.py passes:
+ *     ULP, ULP_WEIGHTED, UNDERFLOW, ROUNDINGS_LOSS, ROUNDINGS_GRADIENT
+ */
+#include "exact.h"
+#include <quadmath.h>
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+
+typedef __float128 Wide;
+enum { MOST = 1 << 17 }; /* classes */
+
+typedef struct {
+    Wide loss, size_of_loss; /* size: the sum of the terms' amounts */
+    Wide mass;               /* the sum of the coefficients' amounts */
+    Wide cross_entropy, chance;
+    Wide gradient[MOST];
+} Exact;
+
+static char said[300];
+
+static Wide largest(size_t width)
+{
+    return width == 4 ? FLT_MAX : DBL_MAX;
+}
+
+static Wide smallest(size_t width)
+{
+    return ldexpq(1, width == 4 ? -149 : -1074);
+}
+
+static Wide ulp(Wide x, size_t width)
+{
+    int exponent = -20000;
+    if (x != 0) frexpq(x, &exponent);
+    return fmaxq(ldexpq(1, exponent - (width == 4 ? 24 : 53)), smallest(width));
+}
+
+/* All that is too large is as large as infinity. */
+static Wide limited(Wide x, size_t width)
+{
+    const Wide limit = largest(width) + ulp(largest(width), width);
+    return x > limit ? limit : x < -limit ? -limit : x;
+}
+
+/* "A term larger than the largest number of its type is infinite." */
+static Wide or_infinite(Wide x, size_t width)
+{
+    return fabsq(x) < largest(width) + ulp(largest(width), width) / 2 ? x : x * HUGE_VALQ;
+}
+
+/* `found` is within `ulps` of `exact`, and what else is allowed. A message if not. */
+static const char *unless_near(const char *name, size_t j, double found, Wide exact, Wide ulps, Wide more, size_t width)
+{
+    if (isnanq(exact) ? found != found : isinfq(exact) && found == (double)exact) return NULL;
+    const Wide goal = limited(exact, width), off = fabsq(limited(found, width) - goal);
+    if (finiteq(exact) && off <= ulps * ulp(goal, width) + more) return NULL; /* a NaN found is not */
+    snprintf(said, sizeof said, "%s %zu is %a, exact %.9g: off by %.4g ulp, %.4g are allowed", name, j, found,
+             (double)exact, (double)(off / ulp(goal, width)), (double)(ulps + more / ulp(goal, width)));
+    return said;
+}
+
+/* Coefficient a of class j: a target of its own for every class, or all on one. */
+static Wide coefficient(const Row *row, size_t j)
+{
+    const Wide e = row->smoothing, y = row->probability ? row->probability[j] : j == row->target;
+    if (e == 0 && y == 0) return 0;
+    return ((1 - e) * y + e / (Wide)row->k) * (row->weight ? row->weight[j] : 1);
+}
+
+static void solve(Exact *x, const Row *row)
+{
+    static Wide q[MOST], slope[MOST];
+    const double *z = row->logits;
+    const Wide s = row->strength;
+    size_t top = 0;
+    for (size_t j = 0; j < row->k; j++)
+        if (z[j] > z[top] || z[top] != z[top]) top = j;
+    int defined = z[top] - z[top] == 0;
+    Wide others = 0, all = 0;
+    for (size_t j = 0; j < row->k; j++) {
+        defined &= z[j] == z[j];
+        q[j] = expq((Wide)z[j] - z[top]);
+        if (j != top) others += q[j];
+    }
+    const Wide sum = 1 + others, log_sum = log1pq(others);
+    x->loss = x->size_of_loss = x->mass = 0;
+    for (size_t j = 0; j < row->k; j++) {
+        const Wide a = coefficient(row, j), n = ((Wide)z[top] - z[j]) + log_sum;
+        const Wide r = a == 0 ? 0 : (j == top ? others : (others - q[j]) + 1) / sum;
+        q[j] /= sum;
+        slope[j] = x->gradient[j] = 0;
+        if (j == row->target) x->cross_entropy = n;
+        if (a == 0) continue;
+        const Wide af = a * or_infinite(((1 - s) + s * r) * n, row->width);
+        slope[j] = a * ((1 - s) + s * (r + (q[j] == 0 ? 0 : q[j] * n)));
+        x->gradient[j] = -r * slope[j]; /* its own part */
+        all += slope[j];
+        x->loss += or_infinite(af, row->width);
+        x->size_of_loss += fabsq(af);
+        x->mass += fabsq(a);
+    }
+    x->chance = q[row->target];
+    for (size_t j = 0; j < row->k; j++)
+        x->gradient[j] = defined ? row->scale * (x->gradient[j] + q[j] * (all - slope[j])) : nanq("");
+    if (!defined) x->loss = x->cross_entropy = x->chance = nanq("");
+}
+
+const char *wrong_row(const Row *row, const Results *found, double losses[2])
+{
+    static Exact x;
+    solve(&x, row);
+    if (losses) losses[0] = (double)x.loss, losses[1] = (double)x.cross_entropy;
+    const size_t width = row->width;
+    const int soft = row->probability || row->smoothing != 0;
+    const Wide least = smallest(width), unit = ldexpq(1, width == 4 ? -24 : -53), size = fabsq(row->scale);
+    const Wide ulps = soft ? 1 : row->weight ? ULP_WEIGHTED : ULP;
+    /* Exponentials below 2^-18 of the smallest subnormal number count as 0 (SMALLEST in lace_math.h), and may be scaled. */
+    const Wide gone = size * x.mass * least * 0x1p-18q;
+    const Wide underflow = soft ? (Wide)row->k * ROUNDINGS_GRADIENT * (1 + x.mass) * least : UNDERFLOW * least;
+    const Wide loss_more = (soft ? ROUNDINGS_LOSS * unit * x.size_of_loss : 0) + underflow;
+    const Wide more = soft ? size * (ROUNDINGS_GRADIENT * unit * x.mass + underflow) : underflow + gone;
+    const char *wrong = unless_near("loss", 0, found->loss, x.loss, ulps, loss_more, width);
+    for (size_t j = 0; !wrong && found->gradient && j < row->k; j++)
+        wrong = unless_near("gradient", j, found->gradient[j], x.gradient[j], ulps, more, width);
+    if (!wrong && found->chance) {
+        wrong = unless_near("cross entropy", 0, *found->cross_entropy, x.cross_entropy, ULP, UNDERFLOW * least, width);
+        if (!wrong) wrong = unless_near("probability", 0, *found->chance, x.chance, ULP, UNDERFLOW * least, width);
+    }
+    return wrong;
+}
+
+/* `sum` is the exact sum of these within `part` of their amounts, and `more`. */
+static const char *unless_sum(const double *values, size_t n, const double sum[2], Wide part, Wide more, size_t width)
+{
+    Wide exact = 0, size = 0;
+    for (size_t i = 0; i < n; i++) {
+        exact += or_infinite(values[i], width);
+        size += fabsq(values[i]);
+    }
+    const Wide goal = limited(exact, width), off = fabsq(limited((Wide)sum[0] + sum[1], width) - goal);
+    if (isnanq(exact) ? sum[0] != sum[0] : fabsq(exact) > largest(width) && sum[0] == (double)exact * INFINITY) return NULL;
+    if (finiteq(exact) && off <= part * size + more && fabs(sum[1]) <= ulp(sum[0], width)) return NULL;
+    snprintf(said, sizeof said, "%a + %a, exact %.17g", sum[0], sum[1], (double)exact);
+    return said;
+}
+
+/* Floats go to 16 lanes of double, a rounding of 2^-53 a value and one more for each of four halvings; doubles to 32 lanes
+ * of which every rounding error is kept, so that only theirs are lost. */
+const char *wrong_sum(const double *values, size_t n, size_t width, const double sum[2])
+{
+    const Wide roundings = ldexpq((Wide)n / 16 + 6, -53);
+    double size = 0;
+    for (size_t i = 0; i < n; i++) size += fabs(values[i]);
+    if (isinf(size) && width == 8) return NULL; /* may overflow on its way */
+    return unless_sum(values, n, sum, width == 4 ? roundings : roundings * roundings + ldexpq(1, -106), 0, 8);
+}
+
+const char *wrong_totals(const double *losses, size_t n, const double total[2])
+{
+    return unless_sum(losses, n, total, ULP * 0x1p-23q, (Wide)n * UNDERFLOW * smallest(4), 4);
+}
