@@ -1,10 +1,10 @@
-/* Every float x with 2^-30 <= |x| <= 128, or every STEP-th of them: the loss and the gradient of short rows of 0 and x, the
- * kernel's against double arithmetic.
+/* Every float x with 2^-30 <= |x| <= 128, or every STEP-th of them: loss and gradient of short rows of 0 and x, by the
+ * kernel and in double.
  *
- * Why that is exact enough: with own = exp(z_t) and others = the sum of exp(z_j) elsewhere, both sums of non-negative terms,
+ * Why double is exact enough: with own = exp(z_t) and others = the sum of exp(z_j) elsewhere,
  *     n = log1p(others / own)    r = others / (own + others)    q = own / (own + others)    L = r n    K = r + q n
- * no operation cancels, so the relative error is the sum of a few of 2^-53: of exp and of log1p (below 2^-52 each in glibc),
- * and of at most ten other operations. That is less than 2^-48, or 2^-24 ulp of a float. */
+ * has no difference of two numbers. So no operation makes earlier errors larger, they add up: exp and log1p are within
+ * 1 ulp in glibc, with at most ten roundings more. That is below 2^-48 of the value, 2^-24 ulp of a float. */
 #include "lace_builds.h"
 #include <math.h>
 #include <stdio.h>
@@ -107,8 +107,8 @@ int main(int count, char **arguments)
     }
     for (int f = 0; f < 2; f++)
         for (size_t p = 0; p < KINDS; p++)
-            printf("%s, rows (0, x%s) of class %zu: of %lld x, the worst loss is off by %.4f ulp, at %a, the worst gradient "
-                   "by %.4f, at %a\n",
+            printf("%s, rows (0, x%s) of class %zu: of %lld x, the worst loss is off by %.4f ulp, at %a, "
+                   "the worst gradient by %.4f, at %a\n",
                    functions[f], kinds[p].k == 3 ? ", x" : "", kinds[p].target, (long long)(2 * each), worst[f][p].loss,
                    (double)worst[f][p].at_loss, worst[f][p].gradient, (double)worst[f][p].at_gradient);
     return 0;

@@ -92,7 +92,7 @@ static inline double one_of(Bulk b, Input *in)
     return b.scale * (b.step > 0 ? floor(u / b.step) * b.step : u);
 }
 
-/* An array that ends where a page begins that may not be touched, or starts where one ends. On its other side are marks. */
+/* An array that ends where a forbidden page begins, or starts where one ends. On its other side are marks. */
 typedef struct {
     unsigned char *room, *at;
     void *given; /* what a call gets: the same as `at`, or NULL */
@@ -117,7 +117,7 @@ static inline Array array(size_t place, size_t count, size_t width, int at_end)
 {
     static unsigned char *memory;
     const size_t each = ROOM + PAGE;
-    if (!memory) memory = mmap(NULL, PLACES * each + PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (!memory) memory = mmap(NULL, PLACES * each + PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     must(memory != MAP_FAILED && place < PLACES && count * width <= ROOM, "the target needs more memory");
     Array a = {memory + PAGE + place * each, NULL, NULL, count, width};
     a.given = a.at = at_end ? a.room + ROOM - count * width : a.room;

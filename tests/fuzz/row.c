@@ -1,5 +1,5 @@
-/* lace_row_f32: what it returns, what it writes and what not, the bits of lace_columns_f32, every value and the totals. An
- * input is some rows that one total is taken of. */
+/* lace_row_f32: what it returns, what it writes and what not, the bits of lace_columns_f32, every value and the totals.
+ * An input is some rows that one total is taken of. */
 #include "exact.h"
 #include "fuzz.h"
 #include "lace.h"

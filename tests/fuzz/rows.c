@@ -1,5 +1,5 @@
-/* lace_rows_* and lace_columns_*: what they return, what they write and what not, every value, and the same bits from every
- * build. An input is one call. With ALONE there is one build, this program's own. */
+/* lace_rows_* and lace_columns_*: what they return, what they write and what not, every value, and the same bits from
+ * every build. An input is one call. With ALONE there is one build, this program's own. */
 #include "exact.h"
 #include "fuzz.h"
 #include "lace_builds.h"
@@ -8,7 +8,7 @@ enum { MOST_VALUES = ROOM / 8, USUAL_VALUES = 4096, RESULTS = 5 };
 
 typedef struct {
     size_t width, n, k, stride, step;
-    int columns, has_options, has_statistics;
+    int columns, options, statistics;
     double smoothing, strength;
     int64_t ignored;
     Array logits, target, probability, weight, scale; /* what is read */
@@ -24,8 +24,8 @@ static int64_t result_of(const lace_build *build, const Call *c)
     const lace_options_f64 o64 = {c->weight.given, c->smoothing, c->strength, c->ignored};
     const lace_statistics_f32 s32 = {r[CROSS_ENTROPY].given, r[CHANCE].given, r[RANK].given};
     const lace_statistics_f64 s64 = {r[CROSS_ENTROPY].given, r[CHANCE].given, r[RANK].given};
-    const lace_options_f32 *options32 = c->has_options ? &o32 : NULL;
-    const lace_options_f64 *options64 = c->has_options ? &o64 : NULL;
+    const lace_options_f32 *options32 = c->options ? &o32 : NULL;
+    const lace_options_f64 *options64 = c->options ? &o64 : NULL;
     if (c->columns && c->width == 4)
         return build->columns_f32(r[LOSS].given, r[GRADIENT].given, c->logits.given, c->target.given, c->scale.given,
                                   c->step, c->n, c->k, c->stride, options32);
@@ -35,9 +35,9 @@ static int64_t result_of(const lace_build *build, const Call *c)
     if (c->width == 4)
         return build->rows_f32(r[LOSS].given, r[GRADIENT].given, c->logits.given, c->target.given,
                                c->probability.given, c->scale.given, c->step, c->n, c->k, options32,
-                               c->has_statistics ? &s32 : NULL);
+                               c->statistics ? &s32 : NULL);
     return build->rows_f64(r[LOSS].given, r[GRADIENT].given, c->logits.given, c->target.given, c->probability.given,
-                           c->scale.given, c->step, c->n, c->k, options64, c->has_statistics ? &s64 : NULL);
+                           c->scale.given, c->step, c->n, c->k, options64, c->statistics ? &s64 : NULL);
 }
 
 static const lace_build *build(size_t which)
@@ -63,6 +63,11 @@ static int64_t class_of(const Call *c, size_t i)
     return ((const int64_t *)(const void *)c->target.at)[i];
 }
 
+static int has_statistics(const Call *c)
+{
+    return c->statistics && !c->columns && !c->probability.given;
+}
+
 static double fraction(Input *in) /* 0 to 1 */
 {
     const size_t choice = byte(in);
@@ -82,7 +87,9 @@ static void disturb(Call *c, Input *in)
         break;
     case 2: put(&c->scale, c->step * i, value); break;
     case 3: ((int64_t *)(void *)c->target.at)[i] = classes[byte(in) % 8]; break;
-    case 4: case 5: case 6: put(&c->logits, place_of(c, i, (size_t)class_of(c, i) % c->k), any_number(in, c->width)); break;
+    case 4:
+    case 5:
+    case 6: put(&c->logits, place_of(c, i, (size_t)class_of(c, i) % c->k), any_number(in, c->width)); break;
     default: put(&c->logits, place_of(c, i, j), any_number(in, c->width));
     }
 }
@@ -107,7 +114,8 @@ static void read_numbers(Call *c, Input *in)
     }
     for (size_t p = 0; p < c->probability.count; p++)
         put(&c->probability, p, kind & 16 ? fabs(uniform(in)) / (double)c->k : uniform(in) > 0.5);
-    for (size_t p = 0; p < c->scale.count; p++) put(&c->scale, p, (kind & 32 ? 0x1p64 : sizes[kind >> 6]) * uniform(in));
+    const double scale = kind & 32 ? 0x1p64 : sizes[kind >> 6];
+    for (size_t p = 0; p < c->scale.count; p++) put(&c->scale, p, scale * uniform(in));
     while (c->n > 0 && in->at < in->end) disturb(c, in);
 }
 
@@ -120,20 +128,20 @@ static void read_call(Call *c, Input *in)
     in->random = two_bytes(in);
     c->width = flags & 1 ? 8 : 4;
     c->columns = flags >> 1 & 1;
-    c->has_options = !(flags & 32);
-    c->has_statistics = absent >> 6 & 1;
+    c->options = !(flags & 32);
+    c->statistics = absent >> 6 & 1;
     c->step = flags >> 6 == 3 ? 1 : flags >> 6 == 2 ? 3 : 0;
-    c->ignored = c->has_options ? ignorable[layout & 3] : -100;
+    c->ignored = c->options ? ignorable[layout & 3] : -100;
     const double smoothing = fraction(in), strength = fraction(in);
-    c->smoothing = c->has_options && !c->columns && absent & 128 ? smoothing : 0;
-    c->strength = c->has_options ? strength : 1;
+    c->smoothing = c->options && !c->columns && absent & 128 ? smoothing : 0;
+    c->strength = c->options ? strength : 1;
 
     c->k = which_k < 200 ? 1 + which_k % 70 : sizes[which_k % 12];
     const size_t most = (which_n < 240 ? USUAL_VALUES : MOST_VALUES) / c->k, n = which_n < 240 ? which_n % 101 : 10;
     c->n = n <= most ? n : most > 0 ? most : 1;
     c->stride = c->n + (layout >> 2 & 3);
     if (!c->columns || c->stride * c->k > MOST_VALUES) c->stride = c->n;
-    const size_t values = c->n == 0 ? 0 : (c->columns ? (c->k - 1) * c->stride : (c->k - 1) * c->n) + c->n;
+    const size_t values = c->n == 0 ? 0 : (c->k - 1) * c->stride + c->n; /* in rows the stride is n */
     const size_t counts[RESULTS] = {c->n, values, c->n, c->n, c->n};
     for (size_t r = 0; r < RESULTS; r++) c->results[r] = array(r, counts[r], r == RANK ? 8 : c->width, at_end);
     c->logits = array(RESULTS, values, c->width, at_end);
@@ -148,7 +156,7 @@ static void read_call(Call *c, Input *in)
     if (absent & 1) c->results[GRADIENT].given = NULL;
     if ((absent >> 1 & 31) < 6) needed[absent >> 1 & 31]->given = NULL;
     if (c->columns || !(flags & 8)) c->probability.given = NULL;
-    if (!c->has_options || !(flags & 16)) c->weight.given = NULL;
+    if (!c->options || !(flags & 16)) c->weight.given = NULL;
     if (flags >> 6 == 0) c->scale.given = NULL;
     const size_t limit = SIZE_MAX / c->width;
     switch (layout >> 4) { /* what is refused */
@@ -166,7 +174,8 @@ static int64_t expected(const Call *c)
     if (c->k == 0 || c->n > stride || stride > SIZE_MAX / c->width / c->k) return LACE_SIZE;
     if (c->n == 0) return LACE_DONE;
     if (!r[LOSS].given || !c->logits.given || !(c->target.given || c->probability.given)) return LACE_NULL;
-    if (c->has_statistics && !c->columns && !(r[CROSS_ENTROPY].given && r[CHANCE].given && r[RANK].given)) return LACE_NULL;
+    const int all_three = r[CROSS_ENTROPY].given && r[CHANCE].given && r[RANK].given;
+    if (c->statistics && !c->columns && !all_three) return LACE_NULL;
     for (size_t i = 0; i < c->n && !c->probability.given; i++) {
         const int64_t t = class_of(c, i);
         if (t != c->ignored && (t < 0 || t >= (int64_t)c->k)) return (int64_t)i;
@@ -179,11 +188,11 @@ static void check_sample(const Call *c, size_t i)
 {
     static double logits[MOST_VALUES], probability[MOST_VALUES], weight[MOST_VALUES], gradient[MOST_VALUES];
     const Array *r = c->results;
-    const int has_statistics = c->has_statistics && !c->columns && !c->probability.given;
+    const int described = has_statistics(c);
     const int ignored = !c->probability.given && class_of(c, i) == c->ignored;
     const size_t t = c->probability.given || ignored ? 0 : (size_t)class_of(c, i);
-    const double cross_entropy = has_statistics ? get(&r[CROSS_ENTROPY], i) : 0;
-    const double chance = has_statistics ? get(&r[CHANCE], i) : 0, loss = get(&r[LOSS], i);
+    const double cross_entropy = described ? get(&r[CROSS_ENTROPY], i) : 0;
+    const double chance = described ? get(&r[CHANCE], i) : 0, loss = get(&r[LOSS], i);
     int64_t rank = 0;
     for (size_t j = 0; j < c->k; j++) {
         logits[j] = get(&c->logits, place_of(c, i, j));
@@ -194,7 +203,7 @@ static void check_sample(const Call *c, size_t i)
     }
     for (size_t j = 0; j < c->k; j++) /* NaN counts as larger */
         rank += j < t ? !(logits[j] < logits[t]) : j > t && !(logits[j] <= logits[t]);
-    if (has_statistics) {
+    if (described) {
         __msan_check_mem_is_initialized(r[RANK].at + 8 * i, 8);
         const int64_t found = ((const int64_t *)(const void *)r[RANK].at)[i], right = ignored ? (int64_t)c->k : rank;
         must(found == right, "row %zu has rank %lld, not %lld", i, (long long)found, (long long)right);
@@ -206,12 +215,35 @@ static void check_sample(const Call *c, size_t i)
     const double scale = c->scale.given ? get(&c->scale, c->step * i) : 1;
     const Row row = {c->width, c->k, t, logits, c->probability.given ? probability : NULL,
                      c->weight.given ? weight : NULL, c->smoothing, c->strength, scale};
-    const Results found = {loss, r[GRADIENT].given ? gradient : NULL, has_statistics ? &cross_entropy : NULL,
-                           has_statistics ? &chance : NULL};
+    const Results found = {loss, r[GRADIENT].given ? gradient : NULL, described ? &cross_entropy : NULL,
+                           described ? &chance : NULL};
     const char *wrong = wrong_row(&row, &found, NULL);
-    must(!wrong, "%s %zu, %s, %zu classes, target %zu of logit %a, weight %a, scale %a, strength %a, smoothing %a%s: %s",
-         c->columns ? "column" : "row", i, c->width == 4 ? "f32" : "f64", c->k, t, logits[t], row.weight ? weight[t] : 1,
-         scale, c->strength, c->smoothing, row.probability ? ", probabilities" : "", wrong);
+    must(!wrong, "%s %zu, %s, %zu classes, target %zu: logit %a, weight %a, scale %a, strength %a, smoothing %a%s: %s",
+         c->columns ? "column" : "row", i, c->width == 4 ? "f32" : "f64", c->k, t, logits[t],
+         row.weight ? weight[t] : 1, scale, c->strength, c->smoothing, row.probability ? ", probabilities" : "", wrong);
+}
+
+/* What one build does, whose results may be compared with the `first` one's. */
+static void check_build(const Call *c, const lace_build *build, unsigned char first[RESULTS][ROOM], int is_first)
+{
+    for (size_t r = 0; r < RESULTS; r++) mark_results(&c->results[r]);
+    const int64_t got = result_of(build, c), right = expected(c);
+    must(got == right, "%s returns %lld, not %lld", build->name, (long long)got, (long long)right);
+    for (size_t r = 0; r < RESULTS; r++) {
+        const Array *a = &c->results[r];
+        const int written = right == LACE_DONE && a->given && (r < CROSS_ENTROPY || has_statistics(c));
+        must(written ? marked_around(a) : untouched(a), "%s writes where it should not, result %zu", build->name, r);
+        Array before = *a;
+        before.at = first[r];
+        if (is_first) memcpy(first[r], a->at, a->count * a->width);
+        for (size_t p = 0; !is_first && written && p < a->count; p++)
+            must(same_bits(get(a, p), get(&before, p)), "%s has other bits, result %zu", build->name, r);
+    }
+    const Array *gradient = &c->results[GRADIENT];
+    for (size_t j = 0; right == LACE_DONE && c->columns && gradient->given && c->n > 0 && j + 1 < c->k; j++)
+        must(marked(gradient->at + (j * c->stride + c->n) * c->width, (c->stride - c->n) * c->width),
+             "%s writes between the columns' classes", build->name);
+    for (size_t i = 0; right == LACE_DONE && is_first && i < c->n; i++) check_sample(c, i);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -222,24 +254,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     read_call(&c, &in);
     const Array *const inputs[] = {&c.logits, &c.target, &c.probability, &c.weight, &c.scale};
     for (size_t a = 0; a < sizeof inputs / sizeof *inputs; a++) read_only(inputs[a]);
-    for (size_t b = 0; build(b); b++) {
-        for (size_t r = 0; r < RESULTS; r++) mark_results(&c.results[r]);
-        const int64_t got = result_of(build(b), &c), right = expected(&c);
-        must(got == right, "%s returns %lld, not %lld", build(b)->name, (long long)got, (long long)right);
-        for (size_t r = 0; r < RESULTS; r++) {
-            const Array *a = &c.results[r];
-            const int written = right == LACE_DONE && a->given && (r < CROSS_ENTROPY || (c.has_statistics && !c.columns && !c.probability.given));
-            must(written ? marked_around(a) : untouched(a), "%s writes where it should not, result %zu", build(b)->name, r);
-            Array of_first = *a;
-            of_first.at = first[r];
-            for (size_t p = 0; b > 0 && written && p < a->count; p++)
-                must(same_bits(get(a, p), get(&of_first, p)), "%s has other bits, result %zu", build(b)->name, r);
-            if (b == 0) memcpy(first[r], a->at, a->count * a->width);
-        }
-        for (size_t j = 0; c.columns && c.results[GRADIENT].given && right == LACE_DONE && c.n > 0 && j + 1 < c.k; j++)
-            must(marked(c.results[GRADIENT].at + (j * c.stride + c.n) * c.width, (c.stride - c.n) * c.width),
-                 "%s writes between columns", build(b)->name);
-        for (size_t i = 0; b == 0 && right == LACE_DONE && i < c.n; i++) check_sample(&c, i);
-    }
+    for (size_t b = 0; build(b); b++) check_build(&c, build(b), first, b == 0);
     return 0;
 }
