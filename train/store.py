@@ -114,20 +114,19 @@ def refuse_other(path: Path, found: Record, header: Record) -> None:
 def write(path: Path, content: bytes, keep: Path | None = None) -> None:
     """Replace the file, which becomes `keep`, by one that is on the disk already: a kill leaves one of them whole.
 
-    Raises TrainError, and leaves everything as it was, where there is no room.
+    Raises TrainError where that fails; the content before is then still there, as the file or as `keep`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no other process writes to it
     try:
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise TrainError(f"{path} cannot be written and is left as it was: {error}") from error
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
+    except OSError as error:
+        raise TrainError(f"{path} cannot be written, what was written before is kept: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
