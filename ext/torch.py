@@ -15,11 +15,19 @@ from __future__ import annotations
 
 from functools import cache
 from math import isfinite
+from numbers import Real
 from operator import index
 from typing import Any
 
 import numpy as np
-import torch
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    message = "lace_loss.ext.torch needs PyTorch, which the extra torch installs: pip install 'lace-loss[torch]'"
+    raise ModuleNotFoundError(message, name="torch") from error
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import _reduction
@@ -93,7 +101,8 @@ def lace_loss(
         and reduce is None
         and normalizer is None
         and reduction == "mean"
-        and not (label_smoothing or statistics)
+        and label_smoothing == 0
+        and not statistics
         and type(ignore_index) is int
         and -(2**63) <= ignore_index < 2**63
         and type(strength) is float
@@ -103,25 +112,18 @@ def lace_loss(
         if input.requires_grad and torch.is_grad_enabled():
             return _Usual.apply(input, target, ignore_index, strength)
         return _usual(input, target, ignore_index, strength, False)[0]
-    if type(ignore_index) is not int and isinstance(ignore_index, (np.integer, Tensor)):
-        ignore_index = index(ignore_index)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    ignore_index = _checked(ignore_index, reduction, label_smoothing, strength)
     reduction = ("none", "mean", "sum")[_reduction.get_enum(reduction)]
-    if isinstance(strength, Tensor):
-        raise TypeError("strength must be a number, not a Tensor: the loss has no derivative with respect to it")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be in [0, 1], got {strength}")
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f"normalizer takes the place of the mean's denominator, got reduction {reduction!r}")
         if isinstance(normalizer, (Tensor, np.ndarray)) and normalizer.ndim:
             raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(normalizer.shape)}")
         reduction = "sum"
-    if not _is_well_formed(input, target, weight, ignore_index, label_smoothing):
+    if not _is_well_formed(input, target, weight, ignore_index):
         by_torch = F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-        if not 0 <= label_smoothing <= 1:
-            raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
         if input.numel() or statistics:
             given = {"input": input, "target": target, "weight": weight}
             kinds = [f"{name} {x.dtype} {tuple(x.shape)}" for name, x in given.items() if x is not None]
@@ -133,7 +135,7 @@ def lace_loss(
         raise ValueError("statistics are of class indices, and the target holds probabilities")
     if input.dim() == target.dim() == 1 and not probabilities:
         target = target[0]  # torch takes the class of a lone sample in this form, too
-    options = (int(ignore_index), reduction, float(label_smoothing), float(strength))
+    options = (ignore_index, reduction, float(label_smoothing), float(strength))
 
     if _kernel_applies(input, target, weight):
         if input.requires_grad and torch.is_grad_enabled():
@@ -170,6 +172,7 @@ class LACELoss(_WeightedLoss):
         gradient_in_forward: bool = False,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction)
+        _checked(ignore_index, self.reduction, label_smoothing, strength)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.strength = strength
@@ -216,9 +219,29 @@ def _refuse_target(target: Tensor, classes: int, ignore_index: int) -> None:
     )
 
 
-def _is_well_formed(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> bool:
+def _checked(ignore_index: Any, reduction: Any, label_smoothing: Any, strength: Any) -> int:
+    """`ignore_index`, where the options are those of a loss; raises what `cross_entropy` raises for them."""
+    if isinstance(ignore_index, (np.integer, Tensor)):
+        ignore_index = index(ignore_index)
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits with a sign, got {ignore_index}")
+    if reduction not in ("none", "mean", "sum", "elementwise_mean"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if isinstance(strength, Tensor):
+        raise TypeError("strength must be a number, not a Tensor: the loss has no derivative with respect to it")
+    for name, value in (("label_smoothing", label_smoothing), ("strength", strength)):
+        if not isinstance(value, (Real, Tensor)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {strength}")
+    return ignore_index
+
+
+def _is_well_formed(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> bool:
     """Whether `cross_entropy` would take these arguments (but for other index dtypes); it words the refusal itself."""
     for x in (input, target) if weight is None else (input, target, weight):
         if not isinstance(x, Tensor) or x.layout != torch.strided:
@@ -234,14 +257,7 @@ def _is_well_formed(
             target.dtype in _INDEX_DTYPES
             and (weight is None or _seen_as(weight.dtype, input) == _seen_as(input.dtype, input))
         )
-    return (
-        fits
-        and shape[axis] > 0
-        and (weight is None or weight.shape == shape[axis : axis + 1])
-        and type(ignore_index) is int
-        and -(2**63) <= ignore_index < 2**63
-        and 0 <= label_smoothing <= 1
-    )
+    return fits and shape[axis] > 0 and (weight is None or weight.shape == shape[axis : axis + 1])
 
 
 def _require_memory(*tensors: Tensor) -> None:
@@ -330,6 +346,11 @@ def _is_recorded() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def _is_retained() -> bool:
+    """Whether the graph stays after this backward pass, and what is saved in it."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _is_transformed(grad_output: Tensor) -> bool:
     """Whether the backward pass runs under torch.func, in forward mode, or in the vmap of `is_grads_batched=True`."""
     return (
@@ -396,8 +417,8 @@ class _Usual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, target, gradient = ctx.saved_tensors
-        again = torch.is_grad_enabled()
-        if again or _is_recorded() or _is_transformed(grad_output) or grad_output.item() != 1:
+        special = torch.is_grad_enabled() or _is_recorded() or _is_transformed(grad_output) or _is_retained()
+        if special or grad_output.item() != 1:
             gradient = _differentiated(grad_output, (input, target, None, gradient, None), ctx.options)
         return gradient, None, None, None
 
@@ -472,6 +493,8 @@ def _gradient(
 ) -> Tensor:
     """`gradient`, which the kernel has formed, times `grad_output`. For a half type, and where a factor is above 1, the
     kernel forms it now. On a GPU it is formed from the rows in the place of `gradient`, and divided by `divisor`.
+
+    The result is the caller's, who may change it: a copy where a later backward pass will want `gradient` again.
     """
     if _on_gpu(input) and gradient is not None and divisor is not None:
         compute = _registered_backward if _is_recorded() else _backward
@@ -482,7 +505,9 @@ def _gradient(
     factor = grad_output.unsqueeze(axis) if grad_output.dim() else grad_output  # raises if it has no storage
     if not _is_recorded():
         if not factor.dim() and isfinite(value := factor.item()) and abs(value) <= 1:
-            return gradient if value == 1 else gradient * value
+            if value == 1:
+                return gradient.clone() if _is_retained() else gradient
+            return gradient * value
         if input.is_cpu and _is_plain(factor) and factor.isfinite().all() and (factor.abs() > 1).any():
             # Formed again: an entry that is subnormal has few digits left to multiply.
             return _operation()(input, target, weight, grad_output, True, *options, False)[1]
@@ -498,8 +523,8 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, grad_output: Tensor, *given: Any) -> Tensor:
         input, target, weight, _, _, ctx.options = given
         ctx.save_for_backward(grad_output, input, target, weight)
-        # Not the saved tensor itself, which would then be input and output.
-        return _gradient(grad_output, *given).clone()
+        result, formed = _gradient(grad_output, *given), given[3]
+        return result.clone() if result is formed else result  # which would be input and output
 
     @staticmethod
     def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
@@ -728,7 +753,9 @@ def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tenso
     t = t.unsqueeze(axis)
     z_t, j = z.gather(axis, t), torch.arange(classes, device=z.device).reshape(_along(axis, z))
     ahead = (j != t) & ~torch.where(j < t, z < z_t, z <= z_t)  # NaN counts as larger
-    n, q, rank = _loss_of_log_odds(u, 0.0), (-u).sigmoid(), ahead.sum(axis).masked_fill(wrong, classes)
+    e = (-u.abs()).exp()
+    q = torch.where(u < 0, 1, e) / (1 + e)  # a sigmoid is 0 where q is subnormal
+    n, rank = _loss_of_log_odds(u, 0.0), ahead.sum(axis).masked_fill(wrong, classes)
     return n.masked_fill(~kept, 0), q.masked_fill(~kept, 0), rank.masked_fill(~kept, classes)
 
 
@@ -773,8 +800,12 @@ def _loss_of_log_odds(u: Tensor, strength: float) -> Tensor:
     """
     v = torch.where(u > 1000, 0, u)
     e = torch.where(v < 0, v, -v).exp()
-    n = torch.where(v < 0, 0, v) + 2 * (e / (2 + e)).atanh()  # log(1 + e), which ONNX would take literally
-    r = torch.where(v < 0, e, 1) / (1 + e)
+    sum = 1 + e
+    lost = (sum - 1 - e).detach()  # exactly what the rounding of the sum added
+    # log(1 + e) by exp and log alone, which every backend has right: ONNX takes log1p literally, Inductor's vectorised
+    # atanh is 0 for small arguments.
+    n = torch.where(v < 0, 0, v) + (sum.log() - lost / sum)
+    r = torch.where(v < 0, e, 1) / sum
     return torch.where(u > 1000, u, (1 - strength + strength * r) * n)
 
 

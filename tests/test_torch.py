@@ -88,6 +88,86 @@ def test_backward_may_run_twice_on_a_retained_graph(gradient_in_forward, above, 
         assert torch.equal(input.grad, 2 * once)
 
 
+CHANGES = {
+    "in place": lambda g: g.mul_(2),
+    "its data": lambda g: g.data.fill_(7),
+    "a view": lambda g: g[:1].zero_(),
+    "as NumPy": lambda g: g.cpu().view(getattr(torch, f"int{8 * g.itemsize}")).numpy().fill(7),
+}
+CALLS = {
+    "usual": {},
+    "weighted": {"weight": torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0])},
+    "smoothed": {"label_smoothing": 0.1, "strength": 0.5},
+    "statistics": {"statistics": True},
+    "in forward": {"gradient_in_forward": True},
+}
+
+
+@each_target
+@pytest.mark.parametrize("shape", [(4, 5), (5,), (1, 5, 2, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float, torch.bfloat16])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_gradient_is_the_caller_s_own_whose_changes_reach_no_later_backward(call, dtype, shape, target, device):
+    if call == "statistics" and target is PROBABILITIES:
+        pytest.skip("statistics are of class indices")
+    options = {key: x.to(device, dtype) if key == "weight" else x for key, x in CALLS[call].items()}
+    samples, axis = shape[: len(shape) > 1] + shape[2:], min(1, len(shape) - 1)
+    n = int(np.prod(samples))
+    if target is CLASSES:
+        y = target[:n].reshape(samples).to(device)
+    else:
+        y = target[:n].reshape(*samples, 5).movedim(-1, axis).to(device, dtype)
+    for reduction in ("none", "mean", "sum"):
+        input = INPUT[:n].to(device, dtype).reshape(*samples, 5).movedim(-1, axis).clone().requires_grad_()
+        loss = lace_loss(input, y, reduction=reduction, **options)
+        loss = loss[0] if call == "statistics" else loss
+        above = torch.ones_like(loss)
+        wanted = torch.autograd.grad(loss, input, above, retain_graph=True)[0].clone()
+        for change in CHANGES.values():
+            (gradient,) = torch.autograd.grad(loss, input, above, retain_graph=True)
+            assert torch.equal(gradient, wanted)
+            change(gradient)
+        hook = input.register_hook(lambda gradient: gradient.fill_(7))
+        loss.backward(above, retain_graph=True)
+        hook.remove()
+        input.grad = None
+        loss.backward(above, retain_graph=True)
+        assert torch.equal(input.grad, wanted)
+        input.grad.zero_()
+        loss.backward(above)
+        assert torch.equal(input.grad, wanted)
+
+
+def test_a_gradient_changed_between_two_backward_passes_counts_as_for_cross_entropy(device):
+    """With a graph of its own, and with the graph gone."""
+    for loss_of in (torch.nn.functional.cross_entropy, lambda z, t: lace_loss(z, t, strength=0)):
+        results = []
+        for create_graph in (False, True):
+            input = leaf(torch.float, device)
+            loss = loss_of(input, CLASSES.to(device))
+            (gradient,) = torch.autograd.grad(loss, input, create_graph=create_graph, retain_graph=True)
+            gradient.mul_(2)
+            loss.backward()
+            results.append((gradient.detach(), input.grad))
+        input = leaf(torch.float, device)
+        (gradient,) = torch.autograd.grad(
+            loss_of(input, CLASSES.to(device)), input, create_graph=True, retain_graph=False
+        )
+        results.append((2 * gradient.detach(), gradient.detach()))
+        for doubled, once in results:
+            torch.testing.assert_close(doubled, 2 * once, rtol=FLOAT32, atol=0)
+
+
+@each_precision
+@pytest.mark.parametrize("weight", [None, torch.ones(5)], ids=["usual", "weighted"])
+def test_the_usual_backward_hands_out_the_very_gradient_that_the_forward_pass_formed(weight, dtype):
+    places = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: places.append(x.data_ptr()) or x, lambda x: x):
+        loss = lace_loss(input := leaf(dtype), CLASSES, None if weight is None else weight.to(dtype))
+    loss.backward()
+    assert input.grad.data_ptr() in places
+
+
 def test_the_kernel_reads_tensors_without_a_copy(monkeypatch):
     seen = []
     job = lace_torch._cpu.Job
@@ -397,6 +477,138 @@ def test_attributes_may_change_after_construction_as_torch_s_may(dtype, device):
     module.reduction, module.label_smoothing, module.ignore_index, module.strength = "sum", 0.1, 4, 0.5
     input, target = leaf(dtype, device), CLASSES.clamp(min=0).to(device)
     assert module(input, target) == lace_loss(input, target, None, None, 4, None, "sum", 0.1, strength=0.5)
+
+
+OPTIONS_REFUSED = {
+    "strength above 1": ({"strength": 2}, ValueError, r"strength must be in \[0, 1\], got 2"),
+    "NaN as strength": ({"strength": np.nan}, ValueError, r"strength must be in \[0, 1\], got nan"),
+    "text as strength": ({"strength": "1"}, TypeError, "strength must be a number, got '1'"),
+    "a tensor as strength": ({"strength": torch.tensor(1.0)}, TypeError, "strength must be a number, not a Tensor"),
+    "smoothing above 1": ({"label_smoothing": 2}, RuntimeError, "label_smoothing must be between 0.0 and 1.0. Got: 2"),
+    "text as smoothing": ({"label_smoothing": "0"}, TypeError, "label_smoothing must be a number, got '0'"),
+    "no smoothing": ({"label_smoothing": None}, TypeError, "label_smoothing must be a number, got None"),
+    "another reduction": ({"reduction": "avg"}, ValueError, "reduction must be 'none', 'mean' or 'sum', got 'avg'"),
+    "no reduction": ({"reduction": None}, ValueError, "reduction must be 'none', 'mean' or 'sum', got None"),
+    "half an index": ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
+    "an index of 65 bits": ({"ignore_index": 2**63}, ValueError, f"64 bits with a sign, got {2**63}"),
+    "an index below 64 bits": ({"ignore_index": -(2**63) - 1}, ValueError, f"64 bits with a sign, got {-(2**63) - 1}"),
+    "an unknown option": ({"gamma": 2}, TypeError, "unexpected keyword argument 'gamma'"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), OPTIONS_REFUSED.values(), ids=OPTIONS_REFUSED.keys())
+def test_options_are_refused_at_construction_as_at_a_call_and_as_by_cross_entropy(options, error, message):
+    with pytest.raises(error, match=message):
+        LACELoss(**options)
+    with pytest.raises(error, match=message):
+        lace_loss(INPUT, CLASSES, **options)
+    if not options.keys() & {"strength", "label_smoothing"}:  # its own range is asked for negative numbers only
+        with pytest.raises(error):
+            torch.nn.functional.cross_entropy(INPUT, CLASSES, **options)
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
+def test_options_of_every_kind_that_cross_entropy_takes_are_taken_at_construction():
+    for options in (
+        {"label_smoothing": 1},
+        {"label_smoothing": np.float32(0.5)},
+        {"label_smoothing": torch.tensor(0.5)},
+        {"ignore_index": np.int8(-1)},
+        {"ignore_index": torch.tensor(2**63 - 1)},
+        {"size_average": False},
+        {"reduce": False},
+        {"reduction": "sum"},
+    ):
+        theirs, target = torch.nn.CrossEntropyLoss(**options)(INPUT, CLASSES.abs() % 5), CLASSES.abs() % 5
+        torch.testing.assert_close(LACELoss(**options, strength=0)(INPUT, target), theirs, rtol=FLOAT64, atol=0)
+
+
+def test_without_torch_the_import_names_the_extra_that_installs_it():
+    hidden = "import sys; sys.modules['torch'] = None; import lace_loss.ext.torch"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: lace_loss.ext.torch needs PyTorch, which the extra torch installs: "
+        "pip install 'lace-loss[torch]'"
+    )
+
+
+@pytest.mark.parametrize("ignored", [2**63 - 1, -(2**63)])
+def test_the_ignored_index_may_be_either_end_of_64_bits(ignored, path, device):
+    """The other end is no class: not wrapped around, not rounded, in either kind of target that holds it."""
+    input, other = INPUT.float().to(device), -1 - ignored
+    for target in (torch.tensor([0, ignored, 4, ignored]), torch.tensor([ignored] * 4)):
+        for weight in (None, torch.rand(5)):
+            options = {"weight": None if weight is None else weight.to(device), "ignore_index": ignored}
+            theirs = torch.nn.functional.cross_entropy(input, target.to(device), **options)
+            ours = lace_loss(input, target.to(device), strength=0, **options)
+            torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=FLOAT32, atol=0)
+    for last in (other, 2**62, -100):
+        target = torch.tensor([0, 1, 2, last], device=device)
+        if input.is_cuda or (lace_torch._on_gpu(input) and path == "kernel"):
+            losses = lace_loss(input, target, ignore_index=ignored, reduction="none")
+            assert losses.isnan().tolist() == [False, False, False, True]
+        else:
+            with pytest.raises(IndexError, match=rf"target\[3\] is {last}, not a class: 0 to 4"):
+                lace_loss(input, target, ignore_index=ignored)
+
+
+def test_unsigned_targets_are_refused_as_by_cross_entropy_before_they_are_converted():
+    for dtype in (torch.uint16, torch.uint32, torch.uint64):
+        for ignored in (-100, -1, 2**63 - 1):
+            target = torch.tensor([0, 1, 2, 2**64 - 1 if dtype == torch.uint64 else 3], dtype=dtype)
+            for loss_of in (torch.nn.functional.cross_entropy, lace_loss):
+                with pytest.raises(RuntimeError, match="expected target dtype to be Long or Byte, but got UInt"):
+                    loss_of(INPUT, target, ignore_index=ignored)
+
+
+WEIGHTS_OF_NO_SUM = [torch.zeros(5), torch.tensor([1.0, 0.0, 2.0, 0.0, -1.0]), torch.tensor([0.0, 2.0, 0.0, 1.0, 0.0])]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS_OF_NO_SUM, ids=["all 0", "that cancel", "of other classes"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.double, torch.float, torch.bfloat16])
+def test_weights_that_sum_to_0_give_what_cross_entropy_gives(weight, smoothing, dtype, path, device):
+    """A mean has no value then. cross_entropy gives 0/0 or x/0, and NaN with smoothing, where it adds two means."""
+    input, weight = INPUT.to(device, dtype), weight.to(device, dtype)
+    for target in (torch.tensor([0, 4, 0, 4]), torch.tensor([0, 4, 2, 2]), torch.full((4,), -100)):
+        target = target.to(device)
+        for reduction in ("none", "mean", "sum"):
+            options = {"reduction": reduction, "label_smoothing": smoothing}
+            theirs = torch.nn.functional.cross_entropy(input, target, weight, **options)
+            ours = lace_loss(input, target, weight, strength=0, **options)
+            tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+            if smoothing and theirs.isnan().any():
+                assert not ours.isfinite()
+                assert reduction == "mean"
+            else:
+                torch.testing.assert_close(ours, theirs, equal_nan=True, **tolerance)
+            leaves = input.clone().requires_grad_()
+            lace_loss(leaves, target, weight, strength=0, **options).sum().backward()
+            wanted = input.clone().requires_grad_()
+            torch.nn.functional.cross_entropy(wanted, target, weight, **options).sum().backward()
+            finite = wanted.grad.isfinite()
+            assert torch.equal(leaves.grad.isfinite().any(1), finite.any(1))
+            torch.testing.assert_close(leaves.grad[finite], wanted.grad[finite], **tolerance)
+            if dtype == torch.double:
+                by_ref = ref.forward(input.cpu(), target.cpu(), weight=weight.cpu().numpy(), strength=0.0, **options)
+                np.testing.assert_allclose(ours.cpu().numpy(), by_ref, rtol=FLOAT64)
+
+
+def test_statistics_and_normalizer_of_nothing_that_counts_are_those_of_cross_entropy(path, device):
+    nothing = torch.full((4,), -100, device=device)
+    for target in (nothing, nothing.index_fill(0, torch.tensor([1], device=device), 3)):
+        for weight in (None, *WEIGHTS_OF_NO_SUM):
+            weight, input = None if weight is None else weight.to(device), INPUT.float().to(device)
+            options = {"weight": weight, "reduction": "sum"}
+            total = torch.nn.functional.cross_entropy(input, target, **options)
+            each = torch.nn.functional.cross_entropy(input, target, reduction="none")
+            for normalizer in (0, 3, torch.tensor(0.0), torch.tensor(-0.5)):
+                loss, found = lace_loss(input, target, weight, strength=0, normalizer=normalizer, statistics=True)
+                torch.testing.assert_close(loss, total / normalizer, equal_nan=True, rtol=FLOAT32, atol=0)
+                torch.testing.assert_close(found["cross_entropy"], each, rtol=FLOAT32, atol=0)
+                torch.testing.assert_close(found["probability"], torch.exp(-each) * (target >= 0), rtol=FLOAT32, atol=0)
+                assert (found["rank"][target < 0] == 5).all()
 
 
 def test_weights_move_load_and_print_with_the_module():
