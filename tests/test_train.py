@@ -40,13 +40,12 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from lace_loss import ref  # noqa: E402
 from lace_loss.train import lock, loop, store  # noqa: E402
 from lace_loss.train.__main__ import main, seeds  # noqa: E402
-from lace_loss.train.attack import EPSILON, STEP, adversarial  # noqa: E402
+from lace_loss.train.attack import adversarial  # noqa: E402
 from lace_loss.train.config import Config, TrainError  # noqa: E402
 from lace_loss.train.data import Data, balanced, block_means, crop, draws, flip, load, normalised  # noqa: E402
 from lace_loss.train.model import ResNet18  # noqa: E402
 from lace_loss.train.probabilities import log_probabilities, qualities  # noqa: E402
-from lace_loss.train.report import difference, report, statistics  # noqa: E402
-from lace_loss.train.schema import FIGURES, TESTED, Record  # noqa: E402
+from lace_loss.train.schema import FIGURES, Record  # noqa: E402
 from lace_loss.train.store import load_checkpoint, previous, read_record, save_checkpoint  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -768,7 +767,7 @@ def test_a_save_that_fails_leaves_both_generations_and_nothing_else(
     save_checkpoint(path, {"log": [1, 2]})
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(TrainError, match=f"{path} cannot be written and is left as it was: .*No space"):
+    with pytest.raises(TrainError, match=f"{path} cannot be written, what was written before is kept: .*No space"):
         save_checkpoint(path, {"log": [1, 2, 3]})
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
@@ -970,6 +969,15 @@ def assert_error(capsys: pytest.CaptureFixture[str], arguments: list[str], *word
         (["--width", "9999999999"], ["--width", "at most 16777216", "got 9999999999"]),
         (["--batch", "1" + "0" * 30], ["--batch", "at most 16777216"]),
         (["--threads", "0"], ["--threads", "got 0"]),
+        (["--threads", "1" + "0" * 30], ["--threads", "at most 1024"]),
+        (["--max-seconds", "nan"], ["--max-seconds", "at least 0", "nan"]),
+        (["--max-seconds", "-1"], ["--max-seconds", "at least 0", "-1"]),
+        (["--seeds", "0-999999999"], ["--seeds", "'0-999999999'", "at most 10,000"]),
+        (["--seed=1"], ["unrecognized", "--seed=1"]),
+        (["--weight=0"], ["unrecognized", "--weight=0"]),
+        (["report", "--js"], ["--js"]),
+        *((["report", "--attack", size], ["--attack", f"'{size}'"]) for size in ("0", "nan", "inf", "1,", "1,1", "a")),
+        (["report", "--attack=-1"], ["--attack", "'-1'", "positive, finite"]),
         (["--strength", "1.5"], ["--strength", "[0, 1]", "1.5"]),
         (["--subset", "-1"], ["--subset", "at least 0", "-1"]),
         (["--shrink", "3"], ["--shrink 3", "8x8"]),
@@ -1041,165 +1049,6 @@ def test_another_runs_files_are_refused_by_the_name_of_the_setting(
     assert_error(capsys, small(out, "--lr", "0.05"), "lr = 0.1", "0.05", "digits_lace_seed0_w1")
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
-def record(folder: Path, loss: str, seed: int, top5: float, unfinished: bool = False, **settings: object) -> None:
-    """A record as a run on CIFAR-100 at the paper's recipe would write it, but for `settings`."""
-    config = {name: field.default for name, field in Config.__dataclass_fields__.items()}
-    header = config | {"loss": loss, "seed": seed, "strength": float(loss == "lace"), "classes": 100}
-    header |= {"data_sha256": "0", "device": "d", "threads": 1}
-    header |= {"train_images": 50_000, "unused_images": 0, "test_images": 10_000} | settings
-    row = dict.fromkeys(FIGURES, 1.0) | {"top5_error": top5, "seconds": 1.0}
-    log = [row | {"epoch": epoch} for epoch in range(1 if unfinished else header["epochs"])]
-    zeros = [0.0] * 12
-    bins = {"count": [0, 4, 6, *zeros], "confidence": [0.0, 0.5, 0.9, *zeros], "accuracy": [0.0, 0.25, 1.0, *zeros]}
-    sets = {name: {key: row[key] for key in TESTED} | bins for name in ("test", "train")}
-    lines = [header, *log] if unfinished else [header, *log, row | {"final": True, "sets": sets}]
-    (folder / f"{loss}{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_welch_interval_against_closed_form() -> None:
-    from scipy.special import stdtr, stdtrit
-
-    a, b = [6.9, 6.6, 6.7, 6.85], [6.2, 6.3, 6.0]
-    va, vb = np.var(a, ddof=1) / 4, np.var(b, ddof=1) / 3
-    half = stdtrit((va + vb) ** 2 / (va**2 / 3 + vb**2 / 2), 0.975) * math.sqrt(va + vb)
-    found = difference(statistics(a), statistics(b))
-    middle = np.mean(a) - np.mean(b)
-    assert found["mean"] == pytest.approx(middle)
-    assert found["interval"] == pytest.approx([middle - half, middle + half])
-    degrees = (va + vb) ** 2 / (va**2 / 3 + vb**2 / 2)
-    assert found["seeds"] == 3
-    assert found["p"] == pytest.approx(2 * stdtr(degrees, -abs(middle) / math.sqrt(va + vb)))
-
-
-def test_report_gives_mean_deviation_and_n_beside_the_papers_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for seed, (ce, lace) in enumerate([(6.0, 5.0), (7.0, 5.5), (8.0, 6.0)]):
-        record(tmp_path, "ce", seed, ce)
-        record(tmp_path, "lace", seed, lace)
-    report([tmp_path])
-    table = capsys.readouterr().out
-    assert "| CE | 3 | 7.00 ± 1.00 |" in table
-    assert "| LACE | 3 | 5.50 ± 0.50 |" in table
-    assert all(f"| CE | {seed} | {error:.2f} |" in table for seed, error in enumerate((6, 7, 8)))
-    assert "| paper, CE |  | 6.7 |" in table and "| paper, LACE |  | 6.2 |" in table
-    for picture in ("curves.png", "reliability.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("shift", "words", "gap"),
-    [
-        (0.5, "LACE has the smaller error", "holds"),
-        (-0.9, "CE has the smaller error", "does not hold"),
-        (0.02, "undecided", "does not hold"),
-    ],
-)
-def test_the_verdict_is_said_whichever_way_it_falls(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], shift: float, words: str, gap: str
-) -> None:
-    for seed, noise in enumerate((-0.1, 0.0, 0.1, 0.05, -0.05)):
-        record(tmp_path, "ce", seed, 6.9 + noise)
-        record(tmp_path, "lace", seed, 6.9 - shift + noise)
-        record(tmp_path, "focal", seed, 3.0 + noise, strength=1.0)
-    report([tmp_path])
-    said = capsys.readouterr().out
-    assert f"Top-5 error, CE - LACE: {shift:+.2f} (" in said
-    assert f": {words}." in said
-    assert "focal has the smaller error (beside the declared CE - LACE, not corrected for several pairs)." in said
-    assert "CE's mean is within 0.3 points of the paper's 6.7 %" in said
-    assert f"The interval of CE - LACE {gap} the paper's 0.5 points" in said
-
-
-def test_report_keeps_recipes_apart_and_says_what_is_scaled_down(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record(tmp_path, "ce", 0, 30.0, width=16, epochs=40)
-    record(tmp_path, "lace", 0, 31.0)
-    assert main(["report", str(tmp_path), "--json"]) == 0
-    groups = {group["recipe"]["width"]: group for group in json.loads(capsys.readouterr().out)["groups"]}
-    assert (list(groups[16]["arms"]), list(groups[64]["arms"])) == (["CE"], ["LACE"])
-    assert groups[16]["scaled_down"] == ["width 16 (paper 64)", "epochs 40 (paper 200)"]
-    report([tmp_path / "ce0.jsonl"])
-    assert "Scaled down: width 16 (paper 64), epochs 40 (paper 200)" in capsys.readouterr().out
-
-
-def test_report_of_other_data_leaves_the_paper_out(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report([finished])
-    assert "paper" not in capsys.readouterr().out
-
-
-def test_report_says_no_interval_with_one_seed_and_lists_unfinished_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record(tmp_path, "ce", 0, 6.7)
-    record(tmp_path, "lace", 0, 6.2)
-    record(tmp_path, "lace", 1, 60.0, unfinished=True)
-    report([tmp_path])
-    table = capsys.readouterr().out
-    assert "| CE - LACE | +0.50 |" in table
-    assert "Top-5 error, CE - LACE: +0.50 points: no verdict, which was declared for at least 5 seeds a loss." in table
-    assert f"Unfinished, not counted: {tmp_path / 'lace1.jsonl'}" in table
-
-
-def test_four_seeds_give_an_interval_and_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for seed in range(4):
-        record(tmp_path, "ce", seed, 7.0 + seed / 100)
-        record(tmp_path, "lace", seed, 6.0 + seed / 100)
-    report([tmp_path])
-    said = capsys.readouterr().out
-    assert "CE - LACE: +1.00 (+0.98 to +1.02) points: no verdict" in said
-    assert "interval of" not in said and "of the paper's" not in said
-
-
-def test_report_of_an_unfinished_run_alone_has_no_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record(tmp_path, "ce", 0, 6.7, unfinished=True)
-    report([tmp_path])
-    said = capsys.readouterr().out
-    assert said.splitlines()[-1] == f"- Unfinished, not counted: {tmp_path / 'ce0.jsonl'}"
-    assert "|" not in said
-
-
-def test_report_of_a_part_of_cifar100_leaves_the_paper_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record(tmp_path, "ce", 0, 6.7, test_images=5_000)
-    report([tmp_path])
-    assert "paper" not in capsys.readouterr().out
-
-
-def test_report_refuses_to_count_one_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        folder.mkdir()
-        record(folder, "ce", 0, 6.7)
-    assert_error(capsys, ["report", str(tmp_path / "a"), str(tmp_path / "b")], "same run")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{"loss": "ce"', ["line 1", "JSON"]),
-        ('{"loss": "ce"}\n', ["line 1", "lacks", "seed"]),
-        ("[1]\n", ["line 1", "not a line of a record"]),
-        ("", ["line 1"]),
-        (None, ["line 202", "cut short"]),
-    ],
-)
-def test_a_damaged_record_is_named_with_its_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, words: list[str]
-) -> None:
-    record(tmp_path, "ce", 0, 6.7)
-    file = tmp_path / "ce0.jsonl"
-    file.write_text(file.read_text()[:-20] if text is None else text)
-    assert_error(capsys, ["report", str(file)], str(file), *words)
-
-
-def test_a_missing_record_and_an_empty_folder_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_error(capsys, ["report", str(tmp_path / "none.jsonl")], "none.jsonl", "neither a record")
-    assert_error(capsys, ["report", str(tmp_path)], str(tmp_path), "neither a record")
-
-
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
@@ -1257,22 +1106,34 @@ def test_an_export_without_weights_or_of_an_unfinished_run_is_an_error(
 # --- attacks ----------------------------------------------------------------------------------------------------------
 
 
-def test_fgsm_on_a_linear_model_is_a_full_step_against_the_true_class() -> None:
-    """Two classes: the gradient's sign is that of (w_other - w_true), whatever the image."""
+@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize("size", [0.5, 1.0, 2.0, 8.0])
+def test_an_attack_on_a_linear_model_moves_every_pixel_by_its_size_against_the_true_class(
+    size: float, steps: int
+) -> None:
+    """Two classes: the gradient's sign is that of (w_other - w_true), whatever the image, and the margin loses
+    size / 255 times the sum of |w_other - w_true|.
+    """
     model, mean = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)), torch.full((3, 2, 2), 0.4)
-    pixels = torch.randint(20, 230, (50, 3, 2, 2), dtype=torch.uint8)
-    labels = torch.randint(0, 2, (50,))
+    pixels = torch.randint(20, 230, (200, 3, 2, 2), dtype=torch.uint8)
+    labels = torch.randint(0, 2, (200,))
     w = model[1].weight.detach()
-    expected = pixels + EPSILON * (w[1 - labels] - w[labels]).sign().view(-1, 3, 2, 2)
-    assert torch.equal(adversarial(model, pixels, labels, mean, 1), expected)
+    change = (w[1 - labels] - w[labels]).view(-1, 3, 2, 2)
+    found = adversarial(model, pixels, labels, mean, size, steps)
+    assert torch.equal(found, pixels + size * change.sign())
+    with torch.no_grad():
+        before, after = (model(normalised(x, mean)).gather(1, labels[:, None]) for x in (pixels, found))
+        others = [model(normalised(x, mean)).gather(1, 1 - labels[:, None]) for x in (pixels, found)]
+    lost = (before - others[0]) - (after - others[1])
+    assert lost[:, 0] == pytest.approx(size / 255 * change.abs().sum((1, 2, 3)), abs=1e-5)
 
 
 def test_pgd_stays_near_the_image_within_the_pixels_range_and_raises_the_loss() -> None:
     digits, model = load("digits", "unused", CPU), ResNet18(2, 10, 1).eval()
     x, labels = digits.test_images[:50], digits.test_labels[:50]
-    changed = adversarial(model, x, labels, digits.mean, 10)
+    changed = adversarial(model, x, labels, digits.mean, 8.0, 10)
     assert changed.min() >= 0 and changed.max() <= 255
-    assert (changed - x).abs().max() <= EPSILON < 10 * STEP
+    assert (changed - x).abs().max() <= 8
     losses = [torch.nn.functional.cross_entropy(model(normalised(y, digits.mean)), labels) for y in (x, changed)]
     assert losses[1] > losses[0]
 
@@ -1284,9 +1145,18 @@ def test_a_report_with_attacks_adds_them_to_the_records(
     for suffix in (".jsonl", ".checkpoint"):
         (tmp_path / f"{name}{suffix}").write_bytes((finished / f"{name}{suffix}").read_bytes())
     assert main(["report", str(tmp_path), "--attack"]) == 0
-    assert "top-1 error under PGD-10" in capsys.readouterr().out
-    found = read_record(tmp_path / f"{name}.jsonl")
-    assert found["sets"]["pgd"]["top1_error"] >= found["sets"]["test"]["top1_error"]
+    said = capsys.readouterr().out
+    found = read_record(tmp_path / f"{name}.jsonl")["sets"]
+    attacks = [f"{kind} {size}/255" for kind in ("FGSM", "PGD-10") for size in ("0.5", "1", "2")]
+    assert set(found) == {"test", "train", *attacks}
+    places = [said.index(f"| top-1 error, {attack}, %") for attack in attacks]
+    assert places == sorted(places)
+    assert found["PGD-10 2/255"]["top1_error"] >= found["test"]["top1_error"]
+    assert main(["report", str(tmp_path), "--attack", "8,2"]) == 0
+    more = read_record(tmp_path / f"{name}.jsonl")["sets"]
+    assert more.keys() - found.keys() == {"FGSM 8/255", "PGD-10 8/255"}, "beside those of the sizes before"
+    assert {key: more[key] for key in found} == found
+    assert more["FGSM 8/255"]["top1_error"] > more["FGSM 0.5/255"]["top1_error"]
     (tmp_path / f"{name}.checkpoint").unlink()
     assert main(["report", str(tmp_path), "--attack"]) == 0, "what the records hold is not asked again"
     (tmp_path / f"{name}.jsonl").write_bytes((finished / f"{name}.jsonl").read_bytes())
@@ -1466,79 +1336,6 @@ def test_a_finished_runs_checkpoint_must_be_of_its_header_and_hold_its_model(
         change(state)
         sealed(checkpoint, saved(state))
         refused_unchanged(capsys, arguments, checkpoint, words)
-
-
-WRONG = ['"text"', "null", "[]", "{}", "true", "-1", "0.5", "1" + "0" * 400, "1" + "0" * 5000, "NaN", "-Infinity"]
-WRONG += ["1e999", "[" * 10_000 + "]" * 10_000, '"\\ud800"', '"\\u001b[31m"']
-# The indices in WRONG of what is right for a key, other than of a whole number.
-RIGHT = {"data": [0], "data_sha256": [0, 13, 14], "device": [0, 13, 14], "threads": [1], "flip": [4], "final": [4]}
-RIGHT |= {key: [6] for key in ("strength", "lr", "lr_drop", "momentum", "weight_decay", "seconds", *FIGURES)}
-
-
-def test_a_value_of_another_kind_is_refused_with_file_line_and_key(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every key of a record that is ever read, with every kind of value."""
-    record(tmp_path, "ce", 0, 6.7, epochs=2)
-    file = tmp_path / "ce0.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    places = [(0, [key]) for key in lines[0]] + [(1, [key]) for key in lines[1]]
-    places += [(3, [key]) for key in lines[3] if key != "seconds"] + [(3, ["sets", "test"])]
-    places += [(3, ["sets", "train", key]) for key in lines[3]["sets"]["train"]]
-    tried = 0
-    for number, keys in places:
-        for i, text in enumerate(WRONG):
-            if i in RIGHT.get(keys[-1], []):
-                continue
-            changed = copy.deepcopy(lines)
-            inner = changed[number]
-            for key in keys[:-1]:
-                inner = inner[key]
-            inner[keys[-1]] = "HERE"
-            file.write_text("\n".join(json.dumps(line) for line in changed).replace('"HERE"', text))
-            named = [] if len(text) > 1000 or keys[-1] == "test" else [keys[-1].replace("_", "-")]
-            capsys.readouterr()
-            assert main(["report", str(file)]) == 2, (number, keys, text[:50])
-            said = capsys.readouterr().err
-            assert said.startswith(f"error: {file}, line {number + 1}: "), said
-            assert all(key in said.replace("_", "-") for key in named), said
-            assert len(said) < 500
-            tried += 1
-    assert tried > 600
-
-
-def test_lines_of_a_record_that_do_not_go_together_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record(tmp_path, "ce", 0, 6.7, epochs=3)
-    file = tmp_path / "ce0.jsonl"
-    header, *log, final = file.read_text().splitlines()
-    bins = json.dumps(json.loads(final)["sets"]["test"]["count"])
-    for lines, words in [
-        ([header, log[1], log[0], log[2], final], ["line 2", "epoch must be 0"]),
-        ([header, log[0], log[0], log[2], final], ["line 3", "epoch must be 1"]),
-        ([header, *log, log[2]], ["line 5", "more epochs than --epochs", "3"]),
-        ([header, *log[:2], final], ["line 4", "after 2 of its 3 epochs"]),
-        ([header, *log, final, final], ["line 6", "final"]),
-        ([header, *log, final, log[2]], ["line 6", "final"]),
-        ([header.replace("{", '{"final": true, ', 1)], ["line 1", "final"]),
-        ([header, *log, final.replace("{", '{"data": [1], ', 1)], ["line 5", "data"]),
-        ([header.replace("{", '{"seed": 1, ', 1)], ["line 1", "seed", "2 times"]),
-        ([header.replace("{", '{"versions": {"torch": NaN}, ', 1), *log, final], ["line 1"]),
-        ([header, *log, final.replace(bins, "[0, 4]", 1)], ["line 5", "'test'", "count", "15"]),
-        ([header, *log, final.replace("[0, 4, 6", "[0, -4, 6", 1)], ["line 5", "'test'", "count"]),
-        ([header, *log, final.replace("[0, 4, 6", "[0, 4.5, 6", 1)], ["line 5", "'test'", "count"]),
-        ([header, *log, final.replace('"top1_error": 1.0', '"top1_error": 100.5')], ["line 5", "top1_error", "100.5"]),
-        ([header, *log, final.replace('"sets": {"test": ', '"sets": {"other": ')], ["line 5", "test"]),
-        ([header, *log, final.replace('"nll": 1.0, "calib', '"calib')], ["line 5", "nll"]),
-        ([header + "\xff", *log, final], ["line 1", "utf-8"]),
-    ]:
-        file.write_bytes("\n".join(lines).encode("latin-1"))
-        assert_error(capsys, ["report", str(file)], str(file), *words)
-
-
-def test_a_record_that_has_no_end_is_not_read(capsys: pytest.CaptureFixture[str]) -> None:
-    assert_error(capsys, ["report", "/dev/zero"], "/dev/zero is not a file")
 
 
 def test_a_record_under_the_name_of_another_file_of_the_run_is_not_overwritten(

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from .attack import attack
+from .attack import attack, sizes
 from .config import DIGITS, Config, TrainError
 from .data import load
 from .export import export
@@ -29,6 +29,9 @@ from .report import record_files, report
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         raise TrainError(message)
 
@@ -39,14 +42,16 @@ def seeds(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         numbers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-        if not numbers or set(numbers) & set(found):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of different seeds such as 0-4, 0,2,5 or 3")
+        if not numbers or len(numbers) + len(found) > 10_000 or set(numbers) & set(found):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a list of at most 10,000 different seeds such as 0-4, 0,2,5 or 3"
+            )
         found += numbers
     return found
 
 
 def parser() -> Parser:
-    top = Parser("python -m lace_loss.train", description=__doc__)
+    top = Parser(prog="python -m lace_loss.train", description=__doc__)
     top.add_argument("--data", default="digits", help="digits (default), cifar100, or a folder with train/ and test/")
     losses = ("ce", "lace", "focal", "both")
     top.add_argument("--loss", default="both", choices=losses, help="both is ce and lace; default both")
@@ -73,7 +78,11 @@ def parser() -> Parser:
     table = commands.add_parser("report", help="table and curves of records")
     table.add_argument("records", nargs="*", type=Path, default=[Path("runs")], help="files or folders; default runs")
     table.add_argument(
-        "--attack", action="store_true", help="first test under FGSM and PGD-10, on --data before report"
+        "--attack",
+        type=sizes,
+        nargs="?",
+        const="0.5,1,2",
+        help="first test under FGSM and PGD-10 of these sizes, of 255, on --data before report; default %(const)s",
     )
     table.add_argument("--json", action="store_true", help="the same figures as JSON")
     return top
@@ -82,8 +91,10 @@ def parser() -> Parser:
 def machine(args: argparse.Namespace) -> tuple[torch.device, bool]:
     """The device, and whether steps run as graphs on it; joins the other processes where torchrun started them."""
     for option in ("threads", "replicas"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            raise TrainError(f"--{option} must be at least 1, got {getattr(args, option)}")
+        if getattr(args, option) is not None and not 1 <= getattr(args, option) <= 1024:
+            raise TrainError(f"--{option} must be at least 1 and at most 1024, got {getattr(args, option)}")
+    if not args.max_seconds >= 0:
+        raise TrainError(f"--max-seconds must be at least 0, got {args.max_seconds}")
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # float32 would be 10 bits of mantissa in convolutions
@@ -164,7 +175,7 @@ def main(arguments: list[str]) -> int:
             print(export(args.record))
         elif args.command == "report":
             if args.attack:
-                attack(record_files(args.records), args.data, args.root, machine(args)[0])
+                attack(record_files(args.records), args.attack, args.data, args.root, machine(args)[0])
             report(args.records, args.json)
         else:
             records = experiment(args, command)

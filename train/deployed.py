@@ -85,7 +85,10 @@ def evaluation(model: Path, folder: Path) -> ext.Evaluation:
 
 def main(arguments: list[str]) -> int:
     top = argparse.ArgumentParser(
-        "python -m lace_loss.train.deployed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m lace_loss.train.deployed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     top.add_argument("model", type=Path, metavar="MODEL.onnx")
     top.add_argument("folder", type=Path, metavar="FOLDER")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from .config import TrainError
 from .lock import owned
 from .model import ResNet18
-from .store import finished_checkpoint, load_weights, record_lines
+from .store import finished_checkpoint, load_weights, record_lines, write
 
 
 class FromPixels(nn.Module):
@@ -53,5 +53,5 @@ def export(record_path: Path) -> Path:
         except ModuleNotFoundError as error:
             raise TrainError(f"an export needs {error.name}: pip install 'lace-loss[integrations]'") from error
         assert program is not None
-        program.save(path)
+        write(path, program.model_proto.SerializeToString())
     return path

@@ -4,11 +4,14 @@ The logit of the true class has the gradient -K (1 - q_t), so K is what LACE mak
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lace_loss import ext
+
+from .pictures import pyplot, save
 
 Array = NDArray[np.float64]
 
@@ -21,13 +24,8 @@ def curves(q: Array, strength: float) -> tuple[Array, Array]:
 
 
 def draw(path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     q = np.linspace(0.001, 0.999, 999)
-    figure, (losses, factors) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, (losses, factors) = pyplot().subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for strength, name in ((0, "cross entropy"), (1, "LACE")):
         loss, factor = curves(q, strength)
         losses.plot(q, loss, label=name)
@@ -38,7 +36,7 @@ def draw(path: str) -> None:
     factors.plot([peak], [1 + peak], "k.")
     factors.annotate(f"$1 + e^{{-2}}$ = {1 + peak:.3f}\nat $q_t = e^{{-2}}$", (peak, 1 + peak), (0.3, 1.08))
     factors.set(xlabel="$q_t$", ylabel="gradient factor $K$", ylim=(0, 1.25), xlim=(0, 1))
-    figure.savefig(path, dpi=120)
+    save(figure, Path(path), 120)
     print(path)
 
 

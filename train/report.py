@@ -1,40 +1,29 @@
-"""Records to Markdown tables, the differences between the losses with their intervals, verdicts in words, pictures.
+"""Records to Markdown tables of at most 80 columns, with intervals, power and verdicts in words, and to pictures.
 
-Seeds are the sample: mean and standard deviation (n - 1) over them, and Welch's interval for the difference of means,
-because runs that share a seed are no more alike than others. Figures are the last epoch's, never the best.
+The declared interval is Welch's; that of the paired differences stands beside it. A conclusion is drawn only where a
+plan declares n (see `plan.py`) and all its runs are finished.
 """
 
 import json
+import textwrap
 from collections import defaultdict
-from dataclasses import fields
-from itertools import combinations
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy.stats import ttest_ind
-
-from .config import Config, TrainError
+from .config import TrainError
+from .pictures import plot_curves, plot_reliability
+from .plan import PAIR, PAPER, PRIMARY
 from .schema import Record
 from .store import read_record
+from .summary import CALIBRATION, METRICS, RECIPE, arms, key, summarise
 
-PAPER = {"ce": 6.7, "lace": 6.2}  # top-5 test error in percent, CIFAR-100
-# Runs on the same data and with the same RECIPE compare; these tell them apart.
-ARM = ("loss", "strength", "seed")
-RECIPE = tuple(f.name for f in fields(Config) if f.name not in ("data", "test_every", *ARM))
-PRIMARY, PAIR, SEEDS = "test.top5_error", "CE - LACE", 5  # declared in the README before the runs
-# Set and figure of a record's last line; shown where all records of a group have them. Percent, but for the NLL.
-METRICS = {
-    PRIMARY: "top-5 error",
-    "test.top1_error": "top-1 error",
-    "test.nll": "NLL",
-    "test.calibration_error": "calibration error",
-    "train.top1_error": "training top-1 error",
-    "unused.top5_error": "top-5 error on unused images",
-    "unused.top1_error": "top-1 error on unused images",
-    "fgsm.top1_error": "top-1 error under FGSM",
-    "pgd.top1_error": "top-1 error under PGD-10",
-}
+COLUMNS = 80
+DECLARED, FIGURE = " - ".join(PAIR), key(PRIMARY)
+SCALED = (
+    "Calibration error in 15 bins. Probabilities: the class probabilities that LACE stands for, by its softmax."
+    " Scaled: after one temperature."
+)
 
 
 def report(paths: list[Path], as_json: bool = False) -> None:
@@ -57,7 +46,7 @@ def report(paths: list[Path], as_json: bool = False) -> None:
         print(json.dumps({"groups": summaries, "pictures": [str(p) for p in pictures if finished]}, indent=2))
     else:
         texts = [markdown(summary) for summary in summaries]
-        print("\n\n".join(texts + [f"Pictures: {pictures[0]}, {pictures[1]}"] * bool(finished)))
+        print("\n\n".join(texts + [wrapped(f"Pictures: {pictures[0]}, {pictures[1]}")] * bool(finished)))
 
 
 def record_files(paths: list[Path]) -> list[Path]:
@@ -71,233 +60,174 @@ def record_files(paths: list[Path]) -> list[Path]:
     return list(dict.fromkeys(file.resolve() for file in files))
 
 
-def arms(records: list[Record]) -> dict[str, list[Record]]:
-    """Finished records by loss, in order of strength and seed, the focal form last."""
-    found: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda r: (r["loss"] == "focal", r["strength"], r["seed"])):
-        if "final" in record:
-            strength = f" {record['strength']:g}" if record["loss"] == "lace" and record["strength"] < 1 else ""
-            found.setdefault(record["loss"].upper().replace("FOCAL", "focal") + strength, []).append(record)
-    return found
-
-
-def summarise(records: list[Record]) -> dict[str, Any]:
-    """The figures of records that share data and recipe."""
-    seen: dict[tuple[Any, ...], str] = {}
-    for record in records:
-        other = seen.setdefault(tuple(record[key] for key in ARM), record["path"])
-        if other != record["path"]:
-            raise TrainError(f"{other} and {record['path']} are of the same run: report on one of them")
-    by_loss = arms(records)
-    all_finished = [record for arm in by_loss.values() for record in arm]
-    shown = [m for m in METRICS if all_finished and all(m.split(".")[0] in record["sets"] for record in all_finished)]
-    by_arm: dict[str, Any] = {
-        name: {
-            "n": len(arm),
-            "seeds": [record["seed"] for record in arm],
-            **{metric: statistics([figure(record, metric) for record in arm]) for metric in shown},
-        }
-        for name, arm in by_loss.items()
-    }
-    first = records[0]
-    paper = {key: getattr(Config, key) for key in RECIPE}
-    scaled = [f"{key} {first[key]} (paper {paper[key]})" for key in RECIPE if first[key] != paper[key]]
-    return {
-        "data": first["data"],
-        "classes": first["classes"],
-        "recipe": {key: first[key] for key in RECIPE},
-        "metrics": shown,
-        "arms": by_arm,
-        "differences": {
-            f"{a} - {b}": {metric: difference(by_arm[a][metric], by_arm[b][metric]) for metric in shown}
-            for a, b in sorted(combinations(by_arm, 2), key=lambda pair: " - ".join(pair) != PAIR)
-        },
-        "is_cifar100": first["data"].lower().startswith("cifar")
-        and (first["classes"], first["train_images"] + first["unused_images"], first["test_images"])
-        == (100, 50_000, 10_000),
-        "scaled_down": [text for text in scaled if not text.startswith("precision")],
-        "paper_top5_error": PAPER,
-        "unfinished": [r["path"] for r in records if "final" not in r],
-    }
-
-
-def figure(record: Record, metric: str) -> float:
-    name, key = metric.split(".")
-    value: float = record["sets"][name][key]
-    return value
-
-
-def statistics(values: list[float]) -> dict[str, Any]:
-    return {
-        "mean": float(np.mean(values)),
-        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "values": values,
-    }
-
-
-def difference(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """a's mean minus b's, Welch's 95 % interval and two-sided p; these None where the seeds have no spread."""
-    seeds = min(len(a["values"]), len(b["values"]))
-    found: dict[str, Any] = {"mean": a["mean"] - b["mean"], "interval": None, "p": None, "seeds": seeds}
-    if seeds == 1 or a["sd"] == b["sd"] == 0:
-        return found
-    test = ttest_ind(a["values"], b["values"], equal_var=False)
-    interval = test.confidence_interval()
-    return found | {"interval": [float(interval.low), float(interval.high)], "p": float(test.pvalue)}
-
-
 def markdown(summary: dict[str, Any]) -> str:
-    """What finished runs gave, what keeps it from being the paper's experiment, and what is unfinished."""
-    recipe = summary["recipe"]
-    lines = [f"### {summary['data']}: width {recipe['width']}, {recipe['epochs']} epochs, {recipe['precision']}", ""]
-    lines += tables(summary) if summary["arms"] else []
-    if summary["is_cifar100"] and summary["scaled_down"]:
-        lines.append(
-            f"- Scaled down: {', '.join(summary['scaled_down'])}. Not to be compared with the paper's top-5 error,"
-            f" {PAPER['ce']} % (CE) and {PAPER['lace']} % (LACE)."
-        )
-    lines += [f"- Unfinished, not counted: {path}" for path in summary["unfinished"]]
+    """What finished runs gave, how far the plan is, what keeps it from being the paper's experiment."""
+    recipe, named = summary["recipe"], f"{summary['design']}, " if summary["design"] else ""
+    lines = [f"### {named}{summary['data']}: width {recipe['width']}, {recipe['epochs']} epochs, {recipe['precision']}"]
+    lines += ["", wrapped(summary["standing"])]
+    if summary["arms"]:
+        lines += ["", "Figures of the last epoch: mean ± standard deviation over the seeds.", ""]
+        lines += means(summary)
+    if summary["differences"]:
+        lines += differences(summary)
+    lines += ["", *map(item, remarks(summary))]
     return "\n".join(lines).rstrip()
 
 
-def tables(summary: dict[str, Any]) -> list[str]:
-    """By loss, by seed and of the differences; verdicts."""
-    shown = summary["metrics"]
-    titles = [METRICS[metric] for metric in shown]
-    lines = [
-        "Figures of the last epoch, errors in percent: mean ± standard deviation over the seeds.",
-        "",
-        *header("loss", "n", *titles),
-    ]
-    is_papers = summary["is_cifar100"] and not summary["scaled_down"]
-    for name, arm in summary["arms"].items():
-        cells = [spread(arm[metric], metric) for metric in shown]
-        lines.append(row(name, arm["n"], *cells))
-    if is_papers:
-        lines += [row(f"paper, {loss.upper()}", "", error, *[""] * (len(shown) - 1)) for loss, error in PAPER.items()]
-    lines += ["", *header("loss", "seed", *titles)]
-    for name, arm in summary["arms"].items():
-        for i, seed in enumerate(arm["seeds"]):
-            lines.append(row(name, seed, *(f"{arm[m]['values'][i]:{form(m)}}" for m in shown)))
-    if summary["differences"]:
-        lines += ["", "Differences of the means, with Welch's 95 % interval.", "", *header("", *titles)]
-        for pair, found in summary["differences"].items():
-            lines.append(row(pair, *(signed(found[m], m) for m in shown)))
-        lines += ["", *(f"- {verdict(pair, found[PRIMARY])}" for pair, found in summary["differences"].items())]
-    return lines + (papers_questions(summary) if is_papers else [])
+def wrapped(text: str, **more: Any) -> str:
+    bound = text.replace(" %", "\xa0%")
+    filled = textwrap.fill(bound, COLUMNS, break_long_words=False, break_on_hyphens=False, **more)
+    return filled.replace("\xa0", " ")
 
 
-def row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+def item(text: str) -> str:
+    return wrapped(f"- {text}", subsequent_indent="  ")
 
 
-def header(*titles: str) -> list[str]:
-    return [row(*titles), row(*["---"] * len(titles))]
+def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Columns of equal width; where they do not fit side by side, the first one again with the rest below."""
+    columns = [[str(cell) for cell in column] for column in zip(header, *rows, strict=True)]
+    columns = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    lines: list[str] = []
+    first, *rest = columns
+    while rest:
+        part, width = [first], len(first[0]) + 4
+        while rest and (len(part) == 1 or width + len(rest[0][0]) + 3 <= COLUMNS):
+            width += len(rest[0][0]) + 3
+            part.append(rest.pop(0))
+        head, *body = (f"| {' | '.join(cells)} |" for cells in zip(*part, strict=True))
+        rule = "|".join("-" * (len(column[0]) + 2) for column in part)
+        lines += [*([""] if lines else []), head, f"|{rule}|", *body]
+    return lines
 
 
 def form(metric: str) -> str:
-    return ".4f" if metric.endswith("nll") else ".2f"
+    return ".2f" if metric.endswith("error") else ".3f"
 
 
-def spread(found: dict[str, Any], metric: str) -> str:
+def spread(arm: dict[str, Any], metric: str) -> str:
+    found = arm.get(metric)
+    if found is None:
+        return ""
     mean = f"{found['mean']:{form(metric)}}"
     return mean if found["sd"] is None else f"{mean} ± {found['sd']:{form(metric)}}"
 
 
-def signed(found: dict[str, Any], metric: str) -> str:
+def signed(found: dict[str, Any], metric: str = FIGURE) -> str:
+    if found["mean"] is None:
+        return "-"
     numbers = [f"{value:+{form(metric)}}" for value in (found["mean"], *(found["interval"] or ()))]
     return numbers[0] if found["interval"] is None else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
 
 
-def verdict(pair: str, found: dict[str, Any]) -> str:
-    """On the primary figure, in words."""
-    said = f"Top-5 error, {pair}: {signed(found, PRIMARY)} points"
-    if found["seeds"] < SEEDS:
-        return f"{said}: no verdict, which was declared for at least {SEEDS} seeds a loss."
-    if found["interval"] is None:
-        return f"{said}: undecided, the seeds have no spread."
-    low, high = found["interval"]
-    a, b = pair.split(" - ")
-    word = f"{b} has the smaller error" if low > 0 else f"{a} has the smaller error" if high < 0 else "undecided"
-    undeclared = word != "undecided" and pair != PAIR
-    beside = f" (beside the declared {PAIR}, not corrected for several pairs)" if undeclared else ""
-    return f"{said}, p = {found['p']:.2g}: {word}{beside}."
+def title(metric: str) -> str:
+    """Of a figure that is no part of the calibration's table."""
+    titles = {key(known): name for known, name in METRICS.items()}
+    return titles.get(metric) or f"top-1 error, {metric.rpartition('.')[0]}, %"
 
 
-def papers_questions(summary: dict[str, Any]) -> list[str]:
-    """Whether the baseline is the paper's, within 0.3 points, and whether its difference lies in our interval."""
-    lines = []
-    if (ce := summary["arms"].get("CE")) and ce["n"] >= SEEDS:
-        near = abs(ce[PRIMARY]["mean"] - PAPER["ce"]) <= 0.3
-        lines.append(f"- CE's mean is {'within' if near else 'not within'} 0.3 points of the paper's {PAPER['ce']} %.")
-    found = summary["differences"].get(PAIR, {}).get(PRIMARY, {})
-    if found.get("interval") and found["seeds"] >= SEEDS:
-        gap = PAPER["ce"] - PAPER["lace"]
-        holds = found["interval"][0] <= gap <= found["interval"][1]
-        lines.append(f"- The interval of {PAIR} {'holds' if holds else 'does not hold'} the paper's {gap:.1f} points.")
+def means(summary: dict[str, Any]) -> list[str]:
+    """Of every arm; errors, calibration, and the primary figure seed by seed."""
+    by_arm, columns = summary["arms"], [key(metric) for row in CALIBRATION.values() for metric in row]
+    lines = table(
+        ["", *by_arm],
+        [
+            ["n", *(arm["n"] for arm in by_arm.values())],
+            *([title(m), *(spread(arm, m) for arm in by_arm.values())] for m in summary["metrics"] if m not in columns),
+        ],
+    )
+    rows = []
+    for name, arm in by_arm.items():
+        for said, row in CALIBRATION.items():
+            # Without LACE's strength the class probabilities are the softmax.
+            if key(row[0]) in arm and not (name == "CE" and said.startswith("prob")):
+                rows.append([f"{name} {said}", *(spread(arm, key(metric)) for metric in row)])
+    lines += ["", wrapped(SCALED), "", *table(["test images", "NLL", "calibration, %", "Brier score"], rows)]
+    seeds = sorted({seed for arm in by_arm.values() for seed in arm["seeds"]})
+    by_seed = [dict(zip(arm["seeds"], arm[FIGURE]["values"], strict=True)) for arm in by_arm.values()]
+    rows = [[seed, *(f"{found[seed]:.2f}" if seed in found else "" for found in by_seed)] for seed in seeds]
+    return [*lines, "", *table(["seed: top-5 test error, %", *by_arm], rows)]
+
+
+def differences(summary: dict[str, Any]) -> list[str]:
+    """The declared pair by each analysis, its other figures, and the other pairs."""
+    pairs: dict[str, Any] = dict(summary["differences"])
+    lines: list[str] = []
+    if declared := pairs.pop(DECLARED, None):
+        found = declared[FIGURE]
+        analyses = [("Welch, points (declared)", found["welch"])]
+        analyses += [(f"paired by seed, points, {found['paired']['seeds']} seeds", found["paired"])]
+        analyses += [("Welch, ratio of the errors - 1, %", found["ratio"])] if found["ratio"] else []
+        rows = [[name, signed(f), "" if f["p"] is None else f"{f['p']:.2g}"] for name, f in analyses]
+        lines += ["", *table([f"{DECLARED}, top-5 test error", "95 % interval", "p"], rows)]
+        errors = [m for m in summary["metrics"] if m.endswith("_error") and m != FIGURE and m.count(".") == 1]
+        errors = [m for m in errors if m != "test.calibration_error"]
+        rows = [[title(m), signed(declared[m]["welch"], m)] for m in errors]
+        rows += [
+            [f"{what}, {said}", signed(declared[key(metric)]["welch"], key(metric))]
+            for said, row in CALIBRATION.items()
+            for what, metric in zip(("NLL", "calibration, %", "Brier score"), row, strict=True)
+            if key(metric) in declared
+        ]
+        lines += ["", *table([f"{DECLARED}, without a claim", "Welch, 95 %"], rows)]
+    if pairs:
+        rows = [[p, *(signed(f[FIGURE][how]) for how in ("welch", "paired"))] for p, f in pairs.items()]
+        lines += ["", "Beside the plan, top-5 test error, not corrected for several pairs:", ""]
+        lines += table(["", "Welch, 95 %", "paired, 95 %"], rows)
     return lines
 
 
-def plot_curves(groups: list[dict[str, list[Record]]], path: Path) -> None:
-    """A row of panels a group: test errors, training loss and gradient by epoch, seeds thin and their mean thick."""
-    plt = pyplot()
-    panels = {
-        "top5_error": "top-5 test error, %",
-        "top1_error": "top-1 test error, %",
-        "train_loss": "train loss (each its own)",
-        "grad_norm": "norm of the gradient",
-    }
-    figure, axes = plt.subplots(len(groups), 4, figsize=(16, 4 * len(groups)), squeeze=False, layout="constrained")
-    for line, by_loss in zip(axes, groups, strict=True):
-        for axis, (metric, label) in zip(line, panels.items(), strict=True):
-            for color, (name, arm) in enumerate(by_loss.items()):
-                curves = [{e["epoch"] + 1: e[metric] for e in record["epochs_log"] if metric in e} for record in arm]
-                for curve in curves:
-                    axis.plot(curve.keys(), curve.values(), color=f"C{color}", linewidth=0.7, alpha=0.5)
-                shared = sorted(set.intersection(*(set(curve) for curve in curves)))
-                mean = [np.mean([curve[epoch] for curve in curves]) for epoch in shared]
-                axis.plot(shared, mean, color=f"C{color}", linewidth=2, label=f"{name}, n = {len(arm)}")
-            first = next(iter(by_loss.values()))[0]
-            axis.set(xlabel="epoch", ylabel=label, title=f"{first['data']}, width {first['width']}")
-            axis.grid(alpha=0.3)
-        # Each loss has its own training loss; decades show where all go.
-        line[2].set_yscale("log")
-        line[3].set_yscale("log")
-        line[0].legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def remarks(summary: dict[str, Any]) -> list[str]:
+    """Verdict, power, and whatever a reader of the tables has to know."""
+    lines = conclusions(summary) if summary["complete"] else []
+    if power := summary["power"]:
+        lines.append(
+            f"Power of the declared test (5 %, two-sided) with n = {power['n']} and the spread seen, {power['sd']:.2f}"
+            f" points: {power['points']:.2f} for {PAPER['CE'] - PAPER['LACE']:.1f} points, {power['ratio']:.2f} for the"
+            f" paper's ratio, {PAPER['CE']} / {PAPER['LACE']} = +{100 * (PAPER['CE'] / PAPER['LACE'] - 1):.1f} %."
+        )
+    if "LACE - focal" in summary["differences"]:
+        lines.append(
+            "LACE - focal is an A/A check: one loss, computed in two ways. An interval without 0 is a false alarm,"
+            " which 1 check in 20 gives, or a fault of the arithmetic."
+        )
+    if summary["is_cifar100"] and summary["scaled_down"]:
+        lines.append(
+            f"Scaled down: {', '.join(summary['scaled_down'])}. Not to be compared with the paper's top-5 error,"
+            f" {PAPER['CE']} % (CE) and {PAPER['LACE']} % (LACE)."
+        )
+    elif summary["is_cifar100"]:
+        lines.append(f"The paper's top-5 test error: {PAPER['CE']} % (CE) and {PAPER['LACE']} % (LACE).")
+    lines += [f"Unfinished, not counted, after {done} epochs: {path}" for path, done in summary["unfinished"].items()]
+    for what, counts in summary["mixed"].items():
+        values = ", ".join(f"{value} ({count} runs)" for value, count in counts.items())
+        lines.append(f"These figures mix runs of several values of {what}: {values}.")
+    for pair, seeds in summary["other_devices"].items():
+        lines.append(
+            f"Seeds {', '.join(map(str, seeds))}: {pair} ran on different kinds of machines; one kind was planned."
+        )
+    return lines
 
 
-def plot_reliability(groups: list[dict[str, list[Record]]], path: Path) -> None:
-    """Two panels a group: accuracy by confidence of the test images, and how many there are; the seeds together."""
-    plt = pyplot()
-    figure, axes = plt.subplots(len(groups), 2, figsize=(9, 4 * len(groups)), squeeze=False, layout="constrained")
-    for (accuracy, share), by_loss in zip(axes, groups, strict=True):
-        accuracy.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle=":")
-        for name, arm in by_loss.items():
-            tests = [record["sets"]["test"] for record in arm]
-            count = np.sum([test["count"] for test in tests], axis=0)
-            some = count > 0
-            means = {
-                key: np.sum([np.multiply(test["count"], test[key]) for test in tests], axis=0)[some] / count[some]
-                for key in ("confidence", "accuracy")
-            }
-            accuracy.plot(means["confidence"], means["accuracy"], marker=".", label=f"{name}, n = {len(arm)}")
-            share.plot(means["confidence"], 100 * count[some] / count.sum(), marker=".")
-        first = next(iter(by_loss.values()))[0]
-        accuracy.set(xlabel="confidence", ylabel="accuracy", title=f"{first['data']}, width {first['width']}")
-        share.set(xlabel="confidence", ylabel="share of the test images, %")
-        accuracy.legend()
-        for axis in (accuracy, share):
-            axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
+def conclusions(summary: dict[str, Any]) -> list[str]:
+    """Of a complete study: the verdict, what is excluded, and the effects that were declared."""
+    found, gap = summary["differences"][DECLARED][FIGURE], PAPER["CE"] - PAPER["LACE"]
+    if found["welch"]["interval"] is None:
+        return [f"Top-5 error, {DECLARED}: {signed(found['welch'])} points: undecided, the seeds have no spread."]
+    (low, high), (a, b) = found["welch"]["interval"], PAIR
+    word = f"{b} has the smaller error" if low > 0 else f"{a} has the smaller error" if high < 0 else "undecided"
+    lines = [
+        f"Top-5 error, {DECLARED}: {signed(found['welch'])} points, p = {found['welch']['p']:.2g}: {word}.",
+        f"Excluded: differences above {high:+.2f} and below {low:+.2f} points. The paper's {gap:.1f} points are"
+        f" {'not ' if low <= gap <= high else ''}excluded.",
+    ]
+    if found["ratio"]:
+        paper, (low, high) = 100 * (PAPER["CE"] / PAPER["LACE"] - 1), found["ratio"]["interval"]
+        lines.append(
+            f"Excluded: ratios of {a}'s error to {b}'s above {high:+.1f} % and below {low:+.1f} %. The paper's"
+            f" {paper:+.1f} % is {'not ' if low <= paper <= high else ''}excluded."
+        )
+    if summary["is_cifar100"] and not summary["scaled_down"]:
+        near = abs(summary["arms"]["CE"][FIGURE]["mean"] - PAPER["CE"]) <= 0.3
+        lines.append(f"CE's mean is {'' if near else 'not '}within 0.3 points of the paper's {PAPER['CE']} %.")
+    return lines

@@ -56,6 +56,11 @@ SETS: Kind = (
 )
 FINAL = {**FIGURES, "sets": SETS, "final": ("true", lambda x: x is True)}
 SET = {**TESTED, "count": COUNTS, "confidence": SHARES, "accuracy": SHARES}
+# What `probabilities.qualities` adds to a set, each with these figures; older records lack it.
+QUALITIES: dict[str, Kind] = dict.fromkeys(
+    ("softmax", "softmax_scaled", "posterior", "posterior_scaled"), ("an object", lambda x: isinstance(x, dict))
+)
+QUALITY = {"nll": NUMBER, "calibration_error": PERCENT, "brier": ("a number from 0 to 2", lambda x: between(x, 0, 2))}
 
 
 def require(place: str, found: Any, kinds: dict[str, Kind], optional: dict[str, Kind] | None = None) -> None:
@@ -125,7 +130,9 @@ def require_figures(place: str, line: Any, epoch: int, header: Record) -> None:
         require(place, line, FINAL)
         refuse_shared(place, line, header)
         for name, figures in line["sets"].items():
-            require(f"{place}: the set {reprlib.repr(name)}", figures, SET)
+            require(f"{place}: the set {reprlib.repr(name)}", figures, SET, QUALITIES)
+            for key in QUALITIES.keys() & figures.keys():
+                require(f"{place}: {key} of the set {reprlib.repr(name)}", figures[key], QUALITY)
         if epoch != epochs:
             raise TrainError(f"{place}: a finished run's record after {epoch} of its {epochs} epochs")
         return

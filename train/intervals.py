@@ -1,0 +1,71 @@
+"""Differences between two losses over their seeds: intervals by Welch's and by the paired t-test, ratios, and power."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import ncf, t, ttest_ind, ttest_rel
+
+Array = NDArray[np.float64]
+Found = dict[str, Any]
+
+
+def statistics(values: list[float]) -> Found:
+    return {
+        "mean": float(np.mean(values)),
+        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "values": values,
+    }
+
+
+def has_spread(values: Array) -> bool:
+    """Whether there is more between them than the rounding of sums, from which no interval can be had."""
+    return len(values) > 1 and bool(np.ptp(values) > 1e-9 * np.abs(values).max())
+
+
+def tested(test: Any, mean: float) -> Found:
+    interval = test.confidence_interval(0.95)
+    return {"mean": mean, "interval": [float(interval.low), float(interval.high)], "p": float(test.pvalue)}
+
+
+def welch(a: Array, b: Array) -> Found:
+    """a's mean minus b's, Welch's 95 % interval and two-sided p; both None without a second seed or without spread."""
+    mean = float(a.mean() - b.mean())
+    if min(len(a), len(b)) < 2 or not (has_spread(a) or has_spread(b)):
+        return {"mean": mean, "interval": None, "p": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, where one of the two has no spread
+        return tested(ttest_ind(a, b, equal_var=False), mean)
+
+
+def paired(a: dict[int, float], b: dict[int, float]) -> Found:
+    """The same by the t-test of the differences, of the seeds that both have; `seeds` is their number."""
+    seeds = sorted(a.keys() & b.keys())
+    x, y = (np.array([values[seed] for seed in seeds]) for values in (a, b))
+    mean = float(np.mean(x - y)) if seeds else None
+    scale = np.abs([*x, *y]).max() if seeds else 0.0
+    if mean is None or len(seeds) < 2 or np.ptp(x - y) <= 1e-9 * scale:
+        return {"mean": mean, "interval": None, "p": None, "seeds": len(seeds)}
+    return tested(ttest_rel(x, y), mean) | {"seeds": len(seeds)}
+
+
+def ratio(a: Array, b: Array) -> Found | None:
+    """By how many percent a is larger than b: `welch` of the logarithms. None where one of them is 0."""
+    if min(a.min(), b.min()) <= 0:
+        return None
+    found = welch(np.log(a), np.log(b))
+    percent = [float(100 * np.expm1(x)) for x in (found["mean"], *(found["interval"] or ()))]
+    return {"mean": percent[0], "interval": percent[1:] or None, "p": found["p"]}
+
+
+def common_sd(a: Array, b: Array) -> float:
+    """The root of the mean of two samples' variances."""
+    return float(np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2))
+
+
+def power(effect: float, sd: float, n: int) -> float:
+    """Of the two-sided t-test at 5 % of two samples of n values each whose means differ by `effect`, which is not 0."""
+    degrees, shift = 2 * n - 2, abs(effect) / (sd * np.sqrt(2 / n))
+    # The square of a noncentral t is a noncentral F, which scipy computes where it gives NaN for the tail of that t.
+    return float(ncf.sf(t.isf(0.025, degrees) ** 2, 1, degrees, shift**2))
