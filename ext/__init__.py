@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
 from typing import Any, TypedDict, Unpack
@@ -17,20 +14,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _cpu
 
-__all__ = ["Evaluation", "Options", "backward", "evaluate", "forward", "forward_backward"]
+__all__ = ["Evaluation", "Options", "Tally", "backward", "evaluate", "forward", "forward_backward"]
 
 Array = NDArray[Any]
 
 _DTYPES = (np.dtype(np.float32), _FLOAT64 := np.dtype(np.float64))
+_INT64 = np.dtype(np.int64)
 
 # A second thread must be worth waking, the more where other threads still spin for work: for 256,000 logits it is not.
 _LOGITS_WORTH_A_THREAD = 1 << 17
 _WORTH_THREADS = 2 * _LOGITS_WORTH_A_THREAD  # asked before `_in_threads` is called, which takes 0.3 us of a call's 5
-
-# What is evaluated at a time: in float32 4 MiB, which stay in a cache between being read or converted and being used.
-_LOGITS_IN_A_BLOCK = 1 << 20
-
-_BINS = 15  # of the calibration error
 
 
 class Options(TypedDict, total=False):
@@ -100,9 +93,11 @@ def forward_backward(
                 f"got a {kind} {out.dtype} array of shape {out.shape}"
             )
         for values in (z, target, grad_output, options.get("weight")):
-            if values is not None and type(values) is not float and np.may_share_memory(out, np.asarray(values)):
+            if values is None or type(values) is float:
+                continue
+            if np.may_share_memory(out, values) and _share(out, np.asarray(values)):
                 raise ValueError("out shares memory with an input")
-    if threads is not None and (threads := index(threads)) < 1:
+    if threads is not None and (threads := _integer("threads", threads)) < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     loss = _run(z, target, gradient, grad_output, threads, **options)
     if out is None or out is gradient:
@@ -111,164 +106,13 @@ def forward_backward(
     return loss, out
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures of a classifier, over the samples that are not ignored; NaN if there are none.
-
-    loss : the mean that `forward` gives with the same options.
-    cross_entropy : mean of -log q_t in nats, whatever the options: the negative log-likelihood.
-    accuracy : for each k of `topk` the fraction of samples whose true class is among the k largest logits; of equal
-        logits the first comes first.
-    calibration_error : sum over 15 bins of (samples in the bin / samples) |accuracy - mean confidence in the bin|, a
-        fraction. A sample's confidence is its largest probability, its bin (0, 1/15], ... or (14/15, 1].
-    bins : what it is made of, and a reliability diagram is drawn from: `count`, and the means `confidence` and
-        `accuracy`, 0 where there is no sample.
-    count : samples.
-    """
-
-    loss: float
-    cross_entropy: float
-    accuracy: dict[int, float]
-    calibration_error: float
-    bins: dict[str, list[float]]
-    count: int
-
-
-def evaluate(
-    logits: ArrayLike,
-    target: ArrayLike,
-    *,
-    topk: Iterable[int] = (1, 5),
-    weight: ArrayLike | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    strength: float = 1.0,
-) -> Evaluation:
-    """Loss, cross entropy, top-k accuracy and calibration error, block by block: the logits are not copied as a whole.
-
-    Parameters
-    ----------
-    logits : (C,), (N, C) or (N, C, d1, ...) array of float32, float64 or float16, which is worked on in float32.
-    target : class indices, of the logits' shape without its class axis.
-    topk : numbers of classes.
-    weight, label_smoothing, strength : of the loss, see `Options`.
-
-    Raises
-    ------
-    As `forward`; ValueError also for logits without a softmax: with a NaN or +inf, or all -inf.
-    """
-    z, y = _array("logits", logits), _array("target", target)
-    if z.ndim < 2:
-        z, y = z[None], y[None]
-    if y.shape[:1] != z.shape[:1]:
-        raise ValueError(f"target must have one class for each of {len(z)} samples, got shape {y.shape}")
-    tally = Tally(topk, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, strength=strength)
-    rows = rows_in_a_block(z.shape[1:])
-    for start in range(0, max(1, len(z)), rows):
-        tally.add(z[start : start + rows], y[start : start + rows])
-    return tally.figures()
-
-
-def rows_in_a_block(row: tuple[int, ...]) -> int:
-    """How many rows of this shape are evaluated at a time."""
-    return max(1, _LOGITS_IN_A_BLOCK // max(1, math.prod(row)))
-
-
-class Tally:
-    """`evaluate`, of logits and targets that come block by block: its arguments, errors and result."""
-
-    def __init__(
-        self,
-        topk: Iterable[int] = (1, 5),
-        *,
-        weight: ArrayLike | None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        strength: float = 1.0,
-    ) -> None:
-        self.hits = {index(k): 0 for k in topk}
-        if min(self.hits, default=1) < 1:
-            raise ValueError(f"topk must hold numbers from 1, got {min(self.hits)}")
-        self.weight, self.ignore_index = weight, index(ignore_index)
-        self.options: Options = {
-            "weight": weight,
-            "ignore_index": ignore_index,
-            "reduction": "none",
-            "label_smoothing": label_smoothing,
-            "strength": strength,
-        }
-        self.rows = self.count = 0
-        self.loss = self.cross_entropy = self.divisor = 0.0
-        self.bins = np.zeros((3, _BINS))  # in each, the samples, the sum of their confidences, how many are right
-
-    def add(self, logits: Array, target: Array) -> None:
-        """The next (N, C) or (N, C, d1, ...) logits and their classes."""
-        if logits.dtype.kind != "f" or logits.dtype.itemsize > 8:
-            raise TypeError(f"logits must be float16, float32 or float64, got {logits.dtype}")
-        if target.dtype.kind not in "iu":
-            raise TypeError(f"target must hold integers (classes), got {target.dtype}")
-        if logits.ndim < 2 or logits.shape[1] == 0:
-            raise ValueError(f"logits must be (N, C) or (N, C, d1, ...) with C >= 1, got shape {logits.shape}")
-        # Its bytes in this machine's order, whatever a file has.
-        z = _logits(np.asarray(logits, np.float64 if logits.dtype.itemsize == 8 else np.float32))
-        losses, ce, q, rank = _described(z, target, self.rows, self.options)
-        classes = target.reshape(-1)
-        kept = classes != self.ignore_index
-        behind = np.flatnonzero(kept & (rank > 0))
-        if len(behind):  # the confidence is the probability of the class in front: ask for that one's
-            leading = _classes_last(z)[behind]
-            q[behind] = _described(leading, leading.argmax(1), 0, {"reduction": "none"})[2]
-        cross_entropy = ce.sum(dtype=np.float64)
-        if np.isnan(cross_entropy):
-            n, *place = np.argwhere(np.isnan(ce).reshape(target.shape))[0].tolist()
-            values = z[(n, slice(None), *place)]
-            what = "NaN" if np.isnan(values).any() else "+inf" if np.inf in values else "-inf only"
-            place = ", ".join(map(str, [self.rows + n, *([":", *place] if place else [])]))
-            raise ValueError(f"logits[{place}] holds {what}")
-        right, q, rank = rank[kept] == 0, q[kept].astype(np.float64), rank[kept]
-        self.rows += len(target)
-        self.count += len(q)
-        self.loss += losses.sum(dtype=np.float64)
-        self.cross_entropy += cross_entropy
-        self.divisor += (
-            len(q) if self.weight is None else np.asarray(self.weight, z.dtype)[classes[kept]].sum(dtype=np.float64)
-        )
-        for k in self.hits:
-            self.hits[k] += int(np.count_nonzero(rank < k))
-        # Bounded as an integer, whatever q is: bincount writes outside of its memory for a large one.
-        place = np.clip(np.ceil(q * _BINS).astype(np.intp) - 1, 0, _BINS - 1)
-        self.bins += [np.bincount(place, values, _BINS) for values in (np.ones_like(q), q, right)]
-
-    def figures(self) -> Evaluation:
-        n = self.count or math.nan
-        count, confidence, right = self.bins
-        some = np.maximum(count, 1)
-        means = {"count": count, "confidence": confidence / some, "accuracy": right / some}
-        return Evaluation(
-            float(self.loss / (self.divisor or math.nan)),
-            float(self.cross_entropy / n),
-            {k: hits / n for k, hits in self.hits.items()},
-            float(np.abs(right - confidence).sum() / n),
-            {name: values.tolist() for name, values in means.items()},
-            self.count,
-        )
-
-
-def _described(z: Array, target: Array, first: int, options: Options) -> tuple[Array, Array, Array, Array]:
-    """Loss, cross entropy, probability and rank of each sample."""
-    n = target.size
-    statistics = np.empty(n, z.dtype), np.empty(n, z.dtype), np.empty(n, np.int64)
-    losses = _run(z, target, None, 1.0, None, statistics, first, **options)
-    return losses.reshape(-1), *statistics
-
-
 def _run(
     logits: Array,
     target: ArrayLike,
     gradient: Array | None,
     grad_output: ArrayLike,
     threads: int | None,
-    statistics: tuple[Array, Array, Array] | None = None,
+    statistics: tuple[Array | None, ...] | None = None,
     first: int = 0,
     /,  # what follows alone is the caller's to name
     *,
@@ -279,20 +123,23 @@ def _run(
     strength: float = 1.0,
 ) -> Any:
     y = target if type(target) is np.ndarray else _array("target", target)
-    ignore_index = index(ignore_index)
+    if type(ignore_index) is not int:
+        ignore_index = _integer("ignore_index", ignore_index)
     dtype = logits.dtype
-    axis = _class_axis(logits)
-    if logits.ndim == 0 or logits.shape[axis] == 0:
-        raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {logits.shape}")
+    whole_shape = logits.shape
+    ndim = len(whole_shape)
+    axis = 1 if ndim > 1 else 0
+    if ndim == 0 or whole_shape[axis] == 0:
+        raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {whole_shape}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be in [0, 1], got {strength}")
-    classes = logits.shape[axis]
+    if type(label_smoothing) is not float or not 0.0 <= label_smoothing <= 1.0:
+        label_smoothing = _fraction("label_smoothing", label_smoothing)
+    if type(strength) is not float or not 0.0 <= strength <= 1.0:
+        strength = _fraction("strength", strength)
+    classes = whole_shape[axis]
     n = logits.size // classes
-    shape = logits.shape[:axis] + logits.shape[axis + 1 :]
+    shape = whole_shape[:1] if ndim == 2 else whole_shape[:axis] + whole_shape[axis + 1 :]
     w = None if weight is None else _numbers("weight", weight, dtype)
     if w is not None and w.shape != (classes,):
         raise ValueError(f"weight must have one value for each of the {classes} classes, got shape {w.shape}")
@@ -310,22 +157,29 @@ def _run(
         # Converted, a class beyond int64 would be a negative number, perhaps ignore_index.
         if kind == "u" and y.itemsize == 8 and len(beyond := np.argwhere(y > np.uint64(2**63 - 1))):
             raise _no_class(y, beyond[0].tolist(), first, classes)
-        indices = np.asarray(y if y.flags.aligned else y.copy(), np.int64, order="C")
+        flags = y.flags
+        if y.dtype is _INT64 and flags.c_contiguous and flags.aligned:
+            indices = y
+        else:
+            indices = np.asarray(y if flags.aligned else y.copy(), np.int64, order="C")
     else:
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
 
     # Images whose classes do not come last are worked on plane by plane where the kernel can.
     hard = indices is not None and label_smoothing == 0 and statistics is None
-    planes = logits.ndim > 2 and hard and not _ends_with_classes(logits)
+    planes = ndim > 2 and hard and not _ends_with_classes(logits)
     inner = n // max(1, len(logits)) if planes else 0
-    if logits.ndim == 2 and logits.strides[1] == dtype.itemsize:
+    if ndim == 2 and logits.strides[1] == dtype.itemsize:
         z, apart = logits, logits.strides[0]
     else:
         z, apart = np.asarray(logits, order="C") if planes else _classes_last(logits), classes * dtype.itemsize
     rows = each = None
     above = 1.0
     if gradient is not None:
-        rows = np.asarray(gradient, order="C") if planes else _classes_last(gradient)
+        if ndim == 2 or planes:
+            rows = gradient if gradient.flags.c_contiguous else np.ascontiguousarray(gradient)
+        else:
+            rows = _classes_last(gradient)
         if type(grad_output) is float:
             above = grad_output
         else:
@@ -407,6 +261,32 @@ _pool: ThreadPoolExecutor | None = None
 os.register_at_fork(after_in_child=_forget_threads)  # a child has none of its parent's threads
 
 
+def _share(a: Array, b: Array) -> bool:
+    """Whether an element of one is in the other, too; also where that takes too long to find out."""
+    try:
+        return np.shares_memory(a, b, max_work=1_000_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _fraction(name: str, value: Any) -> float:
+    if type(value) is not float:
+        array = np.asarray(value)
+        if array.ndim or array.dtype.kind not in "fiub":
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        value = float(array)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return value
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
 def _numbers(name: str, values: ArrayLike, dtype: np.dtype[Any]) -> Array:
     array = _array(name, values)
     if array.dtype.kind not in "fiu":
@@ -431,10 +311,6 @@ def _logits(values: ArrayLike) -> Array:
     return logits.astype(dtype)
 
 
-def _class_axis(x: Array) -> int:
-    return 1 if x.ndim > 1 else 0
-
-
 def _ends_with_classes(x: Array) -> bool:
     return bool(np.moveaxis(x, 1, -1).flags.c_contiguous)
 
@@ -446,3 +322,6 @@ def _classes_last(x: Array) -> Array:
     if x.ndim > 2:
         x = np.moveaxis(x, 1, -1)
     return np.asarray(x, order="C").reshape(-1, x.shape[-1])
+
+
+from .evaluation import Evaluation, Tally, evaluate  # noqa: E402, it builds on what is above

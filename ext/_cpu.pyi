@@ -25,7 +25,7 @@ class Job:
         probability: Address | None,
         weight: Address | None,
         each: Address | None,
-        statistics: Sequence[Address] | None,
+        statistics: Sequence[Address | None] | None,
         n: int,
         k: int,
         inner: int,

@@ -33,11 +33,13 @@ cdef extern from "lace.h" nogil:
         float *cross_entropy
         float *probability
         int64_t *rank
+        float *confidence
 
     ctypedef struct lace_statistics_f64:
         double *cross_entropy
         double *probability
         int64_t *rank
+        double *confidence
 
     void lace_sum_f32(double *sum, const float *values, size_t n)
     void lace_sum_f64(double *sum, const double *values, size_t n)
@@ -194,14 +196,16 @@ cdef class Job:
     Rows of logits start `apart` bytes apart; if there is room between them, they are brought together, a few at a time.
     `loss` None is memory of the job's own. The gradient is multiplied by above / divisor or, if `each` is not None, each
     row's by its factor there. `divisor` None is a mean's: the rows that count, by their classes' weights.
+    `statistics` are those of lace.h in their order, as many as are asked for, None for one that is not.
     `keep` is whatever owns the memory: an interrupt may end the caller while another thread still runs the job.
     """
 
     cdef object keep
 
-    cdef Bytes loss, own, gradient, logits, probability, scale, weight, cross_entropy, q
+    cdef Bytes loss, own, gradient, logits, probability, scale, weight, cross_entropy, q, confidence
     cdef Integers target, rank
     cdef readonly size_t n, k
+    cdef bint described
     cdef size_t step, size, inner
     cdef Py_ssize_t apart
     cdef int64_t ignore_index
@@ -224,10 +228,13 @@ cdef class Job:
         self.probability = <Bytes> address(probability, TO_READ)
         self.weight = <Bytes> address(weight, TO_READ)
         self.scale = <Bytes> address(each, TO_READ)
-        if statistics is not None:
-            self.cross_entropy = <Bytes> address(statistics[0], TO_WRITE)
-            self.q = <Bytes> address(statistics[1], TO_WRITE)
-            self.rank = <Integers> address(statistics[2], TO_WRITE)
+        self.described = statistics is not None
+        if self.described:
+            cross_entropy, q, rank, confidence = (*statistics, None, None, None, None)[:4]
+            self.cross_entropy = <Bytes> address(cross_entropy, TO_WRITE)
+            self.q = <Bytes> address(q, TO_WRITE)
+            self.rank = <Integers> address(rank, TO_WRITE)
+            self.confidence = <Bytes> address(confidence, TO_WRITE)
         self.n, self.k, self.inner, self.apart, self.size = n, k, inner, apart, size
         self.ignore_index, self.label_smoothing, self.strength = ignore_index, label_smoothing, strength
         self.divisor = 0 if divisor is None else divisor
@@ -329,28 +336,32 @@ cdef class Job:
             f32.weight = <float *> self.weight
             f32.label_smoothing, f32.strength = self.label_smoothing, self.strength
             f32.ignore_index = self.ignore_index
-            s32.cross_entropy, s32.probability = <float *> (self.cross_entropy + skip), <float *> (self.q + skip)
-            s32.rank = self.rank + start
+            s32.cross_entropy = NULL if self.cross_entropy is NULL else <float *> (self.cross_entropy + skip)
+            s32.probability = NULL if self.q is NULL else <float *> (self.q + skip)
+            s32.rank = NULL if self.rank is NULL else self.rank + start
+            s32.confidence = NULL if self.confidence is NULL else <float *> (self.confidence + skip)
             if self.inner:
                 wrong = build.columns_f32(<float *> loss, <float *> gradient, <float *> logits, target,
                                           <float *> scale, self.step, n, self.k, self.inner, &f32)
             else:
                 wrong = build.rows_f32(<float *> loss, <float *> gradient, <float *> logits, target,
                                        <float *> probability, <float *> scale, self.step, n, self.k, &f32,
-                                       NULL if self.rank is NULL else &s32)
+                                       &s32 if self.described else NULL)
         else:
             f64.weight = <double *> self.weight
             f64.label_smoothing, f64.strength = self.label_smoothing, self.strength
             f64.ignore_index = self.ignore_index
-            s64.cross_entropy, s64.probability = <double *> (self.cross_entropy + skip), <double *> (self.q + skip)
-            s64.rank = self.rank + start
+            s64.cross_entropy = NULL if self.cross_entropy is NULL else <double *> (self.cross_entropy + skip)
+            s64.probability = NULL if self.q is NULL else <double *> (self.q + skip)
+            s64.rank = NULL if self.rank is NULL else self.rank + start
+            s64.confidence = NULL if self.confidence is NULL else <double *> (self.confidence + skip)
             if self.inner:
                 wrong = build.columns_f64(<double *> loss, <double *> gradient, <double *> logits, target,
                                           <double *> scale, self.step, n, self.k, self.inner, &f64)
             else:
                 wrong = build.rows_f64(<double *> loss, <double *> gradient, <double *> logits, target,
                                        <double *> probability, <double *> scale, self.step, n, self.k, &f64,
-                                       NULL if self.rank is NULL else &s64)
+                                       &s64 if self.described else NULL)
         return wrong if wrong < 0 else wrong + <int64_t> start
 
     def reduce(self, out):

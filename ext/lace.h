@@ -72,18 +72,21 @@ typedef struct {
     int64_t ignore_index;
 } lace_options_f64;
 
-/* What else is known of a row with class t, n values each: -log q_t; q_t; and the number of classes that come before t
- * in the order of falling logits, equal ones by index. An ignored row has 0, 0 and k. */
+/* What else is known of a row with class t, n values each, written, or NULL: -log q_t; q_t; the number of classes that
+ * come before t in the order of falling logits, equal ones by index; and the largest probability of the row. An ignored
+ * row has 0, 0, k and 0. */
 typedef struct {
     float *cross_entropy;
     float *probability;
     int64_t *rank;
+    float *confidence;
 } lace_statistics_f32;
 
 typedef struct {
     double *cross_entropy;
     double *probability;
     int64_t *rank;
+    double *confidence;
 } lace_statistics_f64;
 
 /* Arrays are aligned to their type. Arithmetic rounds to nearest and keeps subnormal numbers, as a program starts: a thread
@@ -101,7 +104,7 @@ typedef struct {
  *     scale        factors for the rows of the gradient (not of the loss), `step` values apart: 0 for one that serves all
  *                  rows; or NULL for 1
  *     options      NULL for no weights, no smoothing, strength 1, ignore_index -100
- *     statistics   written, or NULL; there are none for probabilities
+ *     statistics   or NULL; there are none for probabilities
  * Returns LACE_DONE, the number of the first row whose target is not allowed, or another of the codes above. */
 int64_t lace_rows_f32(float *loss, float *gradient, const float *logits, const int64_t *target,
                       const float *probability, const float *scale, size_t step, size_t n, size_t k,

@@ -8,8 +8,16 @@
  */
 #include <float.h>
 
-#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__)
-#error "lace: -ffast-math breaks error-free sums and NaN; compile without it"
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(_M_FP_FAST) || \
+    defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || defined(__NO_SIGNED_ZEROS__)
+#error "lace: -ffast-math breaks error-free sums and NaN; compile without it and without its parts"
+#endif
+#ifdef __clang__ /* which does not say that it was given a part of -ffast-math, but forgets it again */
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wignored-pragmas" /* not every processor has the first */
+#pragma float_control(precise, on)
+#pragma clang fp reassociate(off) contract(off)
+#pragma clang diagnostic pop
 #endif
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 /* 16 concerns half precision only */
 #error "lace: float is worked on in a wider type here; on x86 add -msse2 -mfpmath=sse, on s390x use -std=gnu99"
@@ -56,6 +64,8 @@
 #define LOG                                                                                                      \
     {0.6666666666666666, 0.4000000000000094, 0.2857142857076445, 0.2222222240054776, 0.181817947008978,          \
      0.15386290534658992, 0.13267418596474884, 0.1310072138350349}
+/* Negative, and so an error, with -fsingle-precision-constant. */
+typedef char NAME(lace_constants_are_double)[sizeof 1.0 == sizeof(double) ? 1 : -1];
 #endif
 #define MANTISSA (DIGITS - 1)
 
@@ -130,12 +140,12 @@ static inline REAL pair_product(Pair *to, const Pair *a, const Pair *b)
     return p.high + p.low;
 }
 
-/* to = a / b */
+/* to = a / b for b from 1 on. With one division, a compiler that takes reciprocals for quotients changes nothing. */
 static inline void pair_quotient(Pair *to, const Pair *a, const Pair *b)
 {
-    REAL q = a->high / b->high;
+    REAL inverse = 1 / b->high, q = a->high * inverse;
     Pair p = two_product(q, b->high);
-    to->low = (((a->high - p.high) - p.low) + (a->low - q * b->low)) / b->high;
+    to->low = (((a->high - p.high) - p.low) + (a->low - q * b->low)) * inverse;
     to->high = q;
 }
 

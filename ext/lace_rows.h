@@ -346,13 +346,20 @@ static inline Pair negative_log(const Rows *rows, size_t r, REAL z)
 static void describe(const STATISTICS *to, size_t i, const Rows *rows, size_t r, const REAL *z, size_t k,
                      size_t t)
 {
-    int64_t rank = 0;
-    Pair e_t = {exponential(difference(z[t], rows->max[r])) * LOWER, 0};
-    for (size_t j = 0; j < t; j++) rank += !(z[j] < z[t]); /* NaN counts as larger */
-    for (size_t j = t + 1; j < k; j++) rank += !(z[j] <= z[t]);
-    to->cross_entropy[i] = rounded(negative_log(rows, r, z[t]));
-    to->probability[i] = rounded(multiply(e_t, get(&rows->inverse, r)));
-    to->rank[i] = rank;
+    const Pair inverse = get(&rows->inverse, r);
+    if (to->cross_entropy) to->cross_entropy[i] = rounded(negative_log(rows, r, z[t]));
+    if (to->probability) {
+        const Pair e_t = {exponential(difference(z[t], rows->max[r])) * LOWER, 0};
+        to->probability[i] = rounded(multiply(e_t, inverse));
+    }
+    /* Of the largest logit the exponential is exactly 1. A NaN of class t is not in the sum. */
+    if (to->confidence) to->confidence[i] = z[t] == z[t] ? rounded(inverse) : z[t];
+    if (to->rank) {
+        int64_t rank = 0;
+        for (size_t j = 0; j < t; j++) rank += !(z[j] < z[t]); /* NaN counts as larger */
+        for (size_t j = t + 1; j < k; j++) rank += !(z[j] <= z[t]);
+        to->rank[i] = rank;
+    }
 }
 
 /* The class of row i, or k for one that is ignored. It is read once: another thread may write to the targets, which were
@@ -591,9 +598,8 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
 {
     static const OPTIONS defaults = {NULL, 0, 1, -100};
     if (!options) options = &defaults;
-    const int missing = !loss || !logits || !(target || probability) ||
-                        (statistics && !(statistics->cross_entropy && statistics->probability && statistics->rank));
-    const int64_t why = refused(missing, probability ? NULL : target, n, k, n, options->ignore_index);
+    const int64_t why = refused(!loss || !logits || !(target || probability), probability ? NULL : target, n, k, n,
+                                options->ignore_index);
     if (why != LACE_DONE) return why;
     const Job job = {loss, gradient, logits, target, probability, scale, step, k, options};
     const REAL nothing = zero();
@@ -606,8 +612,10 @@ int64_t NAME(lace_rows)(REAL *loss, REAL *gradient, const REAL *logits, const in
             loss[i] = 0;
             for (size_t j = 0; gradient && j < k; j++) gradient[i * k + j] = nothing;
             if (statistics) {
-                statistics->cross_entropy[i] = statistics->probability[i] = 0;
-                statistics->rank[i] = (int64_t)k;
+                if (statistics->cross_entropy) statistics->cross_entropy[i] = 0;
+                if (statistics->probability) statistics->probability[i] = 0;
+                if (statistics->rank) statistics->rank[i] = (int64_t)k;
+                if (statistics->confidence) statistics->confidence[i] = 0;
             }
         } else {
             index[count++] = i;

@@ -95,7 +95,7 @@ def csv_of(path, values, header=None):
 @pytest.mark.parametrize("form", ["npy", "npz", "compressed", "bzip2", "plain members", "csv", "names", "upper case"])
 @pytest.mark.parametrize("block", [100, 1 << 20])
 def test_files_give_the_figures_of_their_arrays(form, block, run, monkeypatch):
-    monkeypatch.setattr(ext, "_LOGITS_IN_A_BLOCK", block)
+    monkeypatch.setattr(ext.evaluation, "_LOGITS_IN_A_BLOCK", block)
     logits, target = classifier()
     both = {"logits": logits, "target": target}
     files = ["both.npz"]
@@ -636,7 +636,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(run, monkeypatch):
         add(tally, z, y)
 
     monkeypatch.setattr(ext.Tally, "add", add_and_cut)
-    monkeypatch.setattr(ext, "_LOGITS_IN_A_BLOCK", 700)
+    monkeypatch.setattr(ext.evaluation, "_LOGITS_IN_A_BLOCK", 700)
     refused(run("z.npy", "t.npy"), "z.npy ends in row 3000 of its 6000")
 
 

@@ -110,7 +110,7 @@ def test_a_confidence_that_is_no_number_of_a_bin_is_bounded(monkeypatch):
         n = target.size
         return np.zeros(n, z.dtype), np.zeros(n, z.dtype), np.array([np.nan, 2.0, -1.0, 0.0], z.dtype), np.zeros(n, int)
 
-    monkeypatch.setattr(ext, "_described", described)
+    monkeypatch.setattr(ext.evaluation, "_described", described)
     with np.errstate(invalid="ignore"):
         found = ext.evaluate(np.zeros((4, 3)), [0, 1, 2, 0])
     assert sum(found.bins["count"]) == 4

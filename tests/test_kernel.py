@@ -11,8 +11,10 @@ import mpmath
 import numpy as np
 import pytest
 import tolerances
+from test_machines import BITS, PORT
 
 from lace_loss import ref
+from lace_loss.ref.__main__ import main as check
 
 EXT = Path(__file__).parent.parent / "ext"
 mpmath.mp.dps = 40
@@ -69,16 +71,17 @@ def test_log_2_comes_apart_so_that_its_multiples_are_exact(which, dtype, largest
     assert constants()["ROUNDER"][which] == [1.5 * 2.0 ** np.finfo(dtype).nmant + {0: 127 + 64, 1: 1023 + 128}[which]]
 
 
-# mpmath: losses 0.0265308425..., 4.9800551351...; -log q_t 0.169846..., q_t 0.843794...; of two zeros the first leads
+# mpmath: losses 0.0265308425..., 4.9800551351...; -log q_t 0.169846..., q_t 0.843794...; of two zeros the first leads;
+# 1 / (1 + 2 e^-5) = 0.986703...
 PROGRAM = r"""
 #include "lace.h"
 int main(void)
 {
     float logits[2][3] = {{1, 4, 2}, {0, 5, 0}}, loss[2] = {-1, -1}, gradient[2][3];
     int64_t target[2] = {1, 0}, wrong[2] = {1, 3};
-    float cross_entropy[2], probability[2];
+    float cross_entropy[2], probability[2], confidence[2];
     int64_t rank[2];
-    lace_statistics_f32 statistics = {cross_entropy, probability, rank};
+    lace_statistics_f32 statistics = {cross_entropy, probability, rank, confidence};
     if (lace_rows_f32(loss, gradient[0], logits[0], wrong, NULL, NULL, 0, 2, 3, NULL, &statistics) != 1) return 1;
     if (loss[0] != -1) return 2;
     if (lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 0, 2, 3, NULL, &statistics) != -1) return 3;
@@ -87,6 +90,7 @@ int main(void)
     if (!(cross_entropy[0] > 0.16984f && cross_entropy[0] < 0.16985f)) return 6;
     if (!(probability[0] > 0.84379f && probability[0] < 0.84380f)) return 7;
     if (rank[0] != 0 || rank[1] != 1) return 8;
+    if (confidence[0] != probability[0] || !(confidence[1] > 0.98670f && confidence[1] < 0.98671f)) return 11;
     static lace_totals_f32 totals;
     float alone[2];
     for (int i = 0; i < 2; i++)
@@ -112,11 +116,84 @@ def test_a_program_in_c_or_c_plus_plus_compiles_without_a_warning_and_runs(compi
     assert subprocess.run([tmp_path / "program"]).returncode == 0
 
 
+UNSAFE = [
+    "-ffast-math",
+    "-funsafe-math-optimizations",
+    "-fassociative-math -fno-signed-zeros -fno-trapping-math",  # without the others GCC takes the first back
+    "-fassociative-math",
+    "-freciprocal-math",
+    "-fno-signed-zeros",
+    "-ffinite-math-only",
+    "-Ofast",
+]
+OF_CLANG = ["-fapprox-func", "-fno-honor-nans", "-fno-honor-infinities", "-ffp-model=fast"]
+SAME_BITS = {"gcc": {"-fassociative-math"}, "clang": {*UNSAFE, *OF_CLANG} - {"-ffast-math", "-ffinite-math-only"}}
+SAME_BITS["clang"] -= {"-Ofast", "-ffp-model=fast"}
+
+
+def kernel(compiler, folder, *flags, target=()):
+    """Object files of both sources, or what the compiler says against one."""
+    objects = []
+    for source in ("lace.c", "lace_row.c"):
+        objects.append(folder / f"{source}.o")
+        command = [compiler, *target, "-O2", *flags, f"-I{EXT}", "-c", EXT / source, "-o", objects[-1]]
+        made = subprocess.run(command, capture_output=True, text=True)
+        if made.returncode:
+            return made.stderr
+    return objects
+
+
+def bits(objects, folder, gcc="gcc", run=()):
+    """A hash of the bits of all results."""
+    (folder / "bits.c").write_text(BITS)
+    program = [folder / "bits.c", objects[0], "-o", folder / "bits"]
+    subprocess.run([gcc, "-static", "-ffp-contract=off", f"-I{EXT}", *program], check=True)
+    return subprocess.run([*run, folder / "bits"], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def plain_bits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    return bits(kernel("gcc", folder, "-ffp-contract=off"), folder)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "flags"), [*(("gcc", f) for f in UNSAFE), *(("clang", f) for f in [*UNSAFE, *OF_CLANG])]
+)
+def test_no_part_of_fast_math_makes_a_wrong_kernel(compiler, flags, plain_bits, tmp_path):
+    """It is refused, or gives the bits of a build without it, and the golden vectors hold, NaN and infinities too."""
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler} on this machine")
+    made = kernel(compiler, tmp_path, "-ffp-contract=off", *flags.split())
+    if flags not in SAME_BITS[compiler]:
+        assert "-ffast-math breaks" in made
+        return
+    assert isinstance(made, list), made
+    assert bits(made, tmp_path) == plain_bits
+    for dtype, row in (("f32", []), ("f32", ["-DROW"]), ("f64", ["-DF64"])):
+        program = [*row, PORT, made[bool(row) and dtype == "f32"], "-o", tmp_path / "port"]
+        subprocess.run(["gcc", "-std=c99", "-O2", "-ffp-contract=off", f"-I{EXT}", *program], check=True)
+        levels = ["core", "gradient", *([] if row == ["-DROW"] else ["batch", "layout"])]
+        assert check(["check", "--command", str(tmp_path / "port"), "--dtypes", dtype, "--levels", *levels]) == 0
+
+
+@pytest.mark.parametrize("flags", ["-funsafe-math-optimizations", "-fassociative-math", "-freciprocal-math"])
+def test_no_part_of_fast_math_changes_a_bit_where_clang_cannot_take_it_back(flags, plain_bits, tmp_path):
+    """`#pragma float_control` is not for every processor: on an AArch64 the kernel has to stand without it."""
+    for name in ("clang", "aarch64-linux-gnu-gcc", "qemu-aarch64"):
+        if not shutil.which(name):
+            pytest.skip(f"no {name} on this machine")
+    objects = kernel("clang", tmp_path, "-ffp-contract=off", flags, target=["--target=aarch64-linux-gnu"])
+    assert bits(objects, tmp_path, "aarch64-linux-gnu-gcc", ["qemu-aarch64"]) == plain_bits
+
+
+def test_constants_that_are_not_double_are_refused(tmp_path):
+    assert "lace_constants_are_double" in kernel("gcc", tmp_path, "-fsingle-precision-constant")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-ffast-math"], "-ffast-math breaks"),
-        (["-funsafe-math-optimizations"], "-ffast-math breaks"),
         pytest.param(
             ["-m32", "-mfpmath=387"],
             "float is worked on in a wider type here; on x86 add",
@@ -160,6 +237,7 @@ class Totals(ctypes.Structure):
 
 
 DONE, NULL, SIZE = -1, -2, -3
+STATISTICS = ("cross_entropy", "probability", "rank", "confidence")
 
 
 def test_one_row_has_the_bits_of_a_column(library):
@@ -225,6 +303,29 @@ def test_one_row_that_cannot_be_worked_on_is_refused_and_nothing_is_written(libr
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_each_of_the_statistics_is_written_where_it_is_asked_for(dtype, library):
+    kind = {"f32": np.float32, "f64": np.float64}[dtype]
+    z, t = np.random.default_rng(0).normal(size=(50, 7)).astype(kind), np.arange(50) % 8 - 1
+    t[t < 0] = -100
+
+    def found(*asked):
+        arrays = [np.full(50, 9, np.int64 if name == "rank" else kind) for name in STATISTICS]
+        given = [a.ctypes.data if name in asked else None for name, a in zip(STATISTICS, arrays, strict=True)]
+        pointers, loss = (ctypes.c_void_p * 4)(*given), np.empty(50, kind)
+        first = loss.ctypes.data, None, z.ctypes.data, t.ctypes.data
+        assert getattr(library, f"lace_rows_{dtype}")(*first, None, None, 0, 50, 7, None, pointers) == DONE
+        return {name: array.tolist() for name, array in zip(STATISTICS, arrays, strict=True)}
+
+    q, kept = np.exp(z.astype(float)) / np.exp(z.astype(float)).sum(1, keepdims=True), t >= 0
+    every = found(*STATISTICS)
+    near = {"rtol": tolerances.ULP["kernel"] * np.finfo(kind).eps + 1e-14}
+    assert np.allclose(every["confidence"], np.where(kept, q.max(1), 0), **near)
+    assert np.allclose(every["probability"], np.where(kept, q[np.arange(50), t.clip(0)], 0), **near)
+    for name in STATISTICS:
+        assert found(name) == {other: every[name] if other == name else [9] * 50 for other in STATISTICS}
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
 def test_rows_that_cannot_be_worked_on_are_refused_and_nothing_is_written(library, dtype):
     rows, columns = getattr(library, f"lace_rows_{dtype}"), getattr(library, f"lace_columns_{dtype}")
     kind = {"f32": np.float32, "f64": np.float64}[dtype]
@@ -245,9 +346,6 @@ def test_rows_that_cannot_be_worked_on_are_refused_and_nothing_is_written(librar
     for wrong in (3, -1, -99, 2**32, -(2**63)):
         assert tried(target=np.array([0, wrong])) == 1
     assert columns(loss.ctypes.data, None, z.ctypes.data, t.ctypes.data, None, 0, 2, 3, 1, None) == SIZE  # they overlap
-    found = (ctypes.c_void_p * 3)(loss.ctypes.data, None, loss.ctypes.data)
-    first = loss.ctypes.data, gradient.ctypes.data, z.ctypes.data, t.ctypes.data
-    assert rows(*first, None, None, 0, 2, 3, None, found) == NULL
     assert set(loss) | set(gradient) == {7}
     assert rows(None, None, None, None, None, None, 0, 0, 3, None, None) == DONE
     assert tried() == DONE

@@ -130,7 +130,7 @@ static void mix(uint64_t bits) { hash = (hash ^ bits) * 1099511628211u; }
                 }                                                                                                   \
                 lace_options_##suffix o = {kind % 2 ? w : NULL, (real)(kind == 2 ? 0.125 : 0),                      \
                                            (real)(kind == 3 ? 0.5 : 1), -100};                                      \
-                lace_statistics_##suffix found = {g, g + N, rank};                                                  \
+                lace_statistics_##suffix found = {g, g + N, rank, loss};                                            \
                 if (kind == 4)                                                                                      \
                     lace_columns_##suffix(loss, g, z, t, scale, 1, N, k, N, &o);                                    \
                 else                                                                                                \
@@ -143,8 +143,8 @@ static void mix(uint64_t bits) { hash = (hash ^ bits) * 1099511628211u; }
                 if (k > 1) lace_rows_##suffix(loss, NULL, z, t, NULL, NULL, 0, N, k, &o, &found);                   \
                 for (size_t i = 0; k > 1 && i < 3 * N; i++) {                                                       \
                     integer bits;                                                                                   \
-                    memcpy(&bits, &g[i % (2 * N)], sizeof bits);                                                    \
-                    mix(i < 2 * N ? bits : (uint64_t)rank[i - 2 * N]);                                              \
+                    memcpy(&bits, i < 2 * N ? &g[i] : &loss[i - 2 * N], sizeof bits);                               \
+                    mix(i < 2 * N ? bits : bits ^ (uint64_t)rank[i - 2 * N]);                                       \
                 }                                                                                                   \
             }                                                                                                       \
     }

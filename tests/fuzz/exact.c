@@ -16,7 +16,7 @@ typedef struct {
     Wide loss, size_of_loss; /* size: the sum of the terms' amounts */
     int signs;               /* of the terms: 1 some above 0, 2 some below, 3 both */
     Wide mass;               /* the sum of the coefficients' amounts */
-    Wide cross_entropy, chance;
+    Wide cross_entropy, chance, confidence;
     Wide gradient[MOST];
 } Exact;
 
@@ -105,9 +105,10 @@ static void solve(Exact *x, const Row *row)
         x->mass += fabsq(a);
     }
     x->chance = q[row->target];
+    x->confidence = q[top];
     for (size_t j = 0; j < row->k; j++)
         x->gradient[j] = defined ? row->scale * (x->gradient[j] + q[j] * (all - slope[j])) : nanq("");
-    if (!defined) x->loss = x->cross_entropy = x->chance = nanq("");
+    if (!defined) x->loss = x->cross_entropy = x->chance = x->confidence = nanq("");
 }
 
 const char *wrong_row(const Row *row, const Results *found, double losses[2])
@@ -129,10 +130,11 @@ const char *wrong_row(const Row *row, const Results *found, double losses[2])
     const char *wrong = any_loss ? NULL : unless_near("loss", 0, found->loss, x.loss, ulps, loss_more, width);
     for (size_t j = 0; !wrong && found->gradient && j < row->k; j++)
         wrong = unless_near("gradient", j, found->gradient[j], x.gradient[j], ulps, more, width);
-    if (!wrong && found->chance) {
+    if (!wrong && found->cross_entropy)
         wrong = unless_near("cross entropy", 0, *found->cross_entropy, x.cross_entropy, ULP, UNDERFLOW * least, width);
-        if (!wrong) wrong = unless_near("probability", 0, *found->chance, x.chance, ULP, UNDERFLOW * least, width);
-    }
+    if (!wrong && found->chance)
+        wrong = unless_near("probability", 0, *found->chance, x.chance, ULP, UNDERFLOW * least, width);
+    if (!wrong && found->confidence) wrong = unless_near("confidence", 0, *found->confidence, x.confidence, ULP, 0, width);
     return wrong;
 }
 

@@ -17,6 +17,7 @@ typedef struct {
     double loss;
     const double *gradient;               /* k, or NULL */
     const double *cross_entropy, *chance; /* -log q and q of the target, one each, or NULL */
+    const double *confidence;             /* the largest q, or NULL */
 } Results;
 
 /* NULL, or in words what is not within the bounds of tests/tolerances.py.

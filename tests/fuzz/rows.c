@@ -4,7 +4,7 @@
 #include "fuzz.h"
 #include "lace_builds.h"
 
-enum { MOST_VALUES = ROOM / 8, USUAL_VALUES = 4096, RESULTS = 5 };
+enum { MOST_VALUES = ROOM / 8, USUAL_VALUES = 4096, RESULTS = 6 };
 
 typedef struct {
     size_t width, n, k, stride, step;
@@ -14,7 +14,7 @@ typedef struct {
     Array logits, target, probability, weight, scale; /* what is read */
     Array results[RESULTS];                           /* what is written, in this order: */
 } Call;
-enum { LOSS, GRADIENT, CROSS_ENTROPY, CHANCE, RANK };
+enum { LOSS, GRADIENT, CROSS_ENTROPY, CHANCE, RANK, CONFIDENCE };
 
 /* The one place that knows the functions' arguments. */
 static int64_t result_of(const lace_build *build, const Call *c)
@@ -22,8 +22,10 @@ static int64_t result_of(const lace_build *build, const Call *c)
     const Array *r = c->results;
     const lace_options_f32 o32 = {c->weight.given, (float)c->smoothing, (float)c->strength, c->ignored};
     const lace_options_f64 o64 = {c->weight.given, c->smoothing, c->strength, c->ignored};
-    const lace_statistics_f32 s32 = {r[CROSS_ENTROPY].given, r[CHANCE].given, r[RANK].given};
-    const lace_statistics_f64 s64 = {r[CROSS_ENTROPY].given, r[CHANCE].given, r[RANK].given};
+    const lace_statistics_f32 s32 = {r[CROSS_ENTROPY].given, r[CHANCE].given, r[RANK].given,
+                                     r[CONFIDENCE].given};
+    const lace_statistics_f64 s64 = {r[CROSS_ENTROPY].given, r[CHANCE].given, r[RANK].given,
+                                     r[CONFIDENCE].given};
     const lace_options_f32 *options32 = c->options ? &o32 : NULL;
     const lace_options_f64 *options64 = c->options ? &o64 : NULL;
     if (c->columns && c->width == 4)
@@ -142,7 +144,7 @@ static void read_call(Call *c, Input *in)
     c->stride = c->n + (layout >> 2 & 3);
     if (!c->columns || c->stride * c->k > MOST_VALUES) c->stride = c->n;
     const size_t values = c->n == 0 ? 0 : (c->k - 1) * c->stride + c->n; /* in rows the stride is n */
-    const size_t counts[RESULTS] = {c->n, values, c->n, c->n, c->n};
+    const size_t counts[RESULTS] = {c->n, values, c->n, c->n, c->n, c->n};
     for (size_t r = 0; r < RESULTS; r++) c->results[r] = array(r, counts[r], r == RANK ? 8 : c->width, at_end);
     c->logits = array(RESULTS, values, c->width, at_end);
     c->target = array(RESULTS + 1, c->n, 8, at_end);
@@ -152,9 +154,9 @@ static void read_call(Call *c, Input *in)
     read_numbers(c, in);
 
     Array *const needed[] = {&c->results[LOSS], &c->logits, &c->target, &c->results[CROSS_ENTROPY],
-                             &c->results[CHANCE], &c->results[RANK]};
+                             &c->results[CHANCE], &c->results[RANK], &c->results[CONFIDENCE]};
     if (absent & 1) c->results[GRADIENT].given = NULL;
-    if ((absent >> 1 & 31) < 6) needed[absent >> 1 & 31]->given = NULL;
+    if ((absent >> 1 & 31) < 7) needed[absent >> 1 & 31]->given = NULL;
     if (c->columns || !(flags & 8)) c->probability.given = NULL;
     if (!c->options || !(flags & 16)) c->weight.given = NULL;
     if (flags >> 6 == 0) c->scale.given = NULL;
@@ -174,8 +176,6 @@ static int64_t expected(const Call *c)
     if (c->k == 0 || c->n > stride || stride > SIZE_MAX / c->width / c->k) return LACE_SIZE;
     if (c->n == 0) return LACE_DONE;
     if (!r[LOSS].given || !c->logits.given || !(c->target.given || c->probability.given)) return LACE_NULL;
-    const int all_three = r[CROSS_ENTROPY].given && r[CHANCE].given && r[RANK].given;
-    if (c->statistics && !c->columns && !all_three) return LACE_NULL;
     for (size_t i = 0; i < c->n && !c->probability.given; i++) {
         const int64_t t = class_of(c, i);
         if (t != c->ignored && (t < 0 || t >= (int64_t)c->k)) return (int64_t)i;
@@ -188,11 +188,15 @@ static void check_sample(const Call *c, size_t i)
 {
     static double logits[MOST_VALUES], probability[MOST_VALUES], weight[MOST_VALUES], gradient[MOST_VALUES];
     const Array *r = c->results;
-    const int described = has_statistics(c);
+    const int has = has_statistics(c);
     const int ignored = !c->probability.given && class_of(c, i) == c->ignored;
     const size_t t = c->probability.given || ignored ? 0 : (size_t)class_of(c, i);
-    const double cross_entropy = described ? get(&r[CROSS_ENTROPY], i) : 0;
-    const double chance = described ? get(&r[CHANCE], i) : 0, loss = get(&r[LOSS], i);
+    const double loss = get(&r[LOSS], i), *described[RESULTS];
+    double values[RESULTS] = {0};
+    for (size_t s = CROSS_ENTROPY; s < RESULTS; s++) {
+        described[s] = has && r[s].given ? &values[s] : NULL;
+        if (described[s] && s != RANK) values[s] = get(&r[s], i);
+    }
     int64_t rank = 0;
     for (size_t j = 0; j < c->k; j++) {
         logits[j] = get(&c->logits, place_of(c, i, j));
@@ -203,20 +207,21 @@ static void check_sample(const Call *c, size_t i)
     }
     for (size_t j = 0; j < c->k; j++) /* NaN counts as larger */
         rank += j < t ? !(logits[j] < logits[t]) : j > t && !(logits[j] <= logits[t]);
-    if (described) {
+    if (described[RANK]) {
         __msan_check_mem_is_initialized(r[RANK].at + 8 * i, 8);
         const int64_t found = ((const int64_t *)(const void *)r[RANK].at)[i], right = ignored ? (int64_t)c->k : rank;
         must(found == right, "row %zu has rank %lld, not %lld", i, (long long)found, (long long)right);
     }
     if (ignored) {
-        must(loss == 0 && cross_entropy == 0 && chance == 0, "row %zu is ignored, its loss or statistics are not 0", i);
+        must(loss == 0 && values[CROSS_ENTROPY] == 0 && values[CHANCE] == 0 && values[CONFIDENCE] == 0,
+             "row %zu is ignored, its loss or statistics are not 0", i);
         return;
     }
     const double scale = c->scale.given ? get(&c->scale, c->step * i) : 1;
     const Row row = {c->width, c->k, t, logits, c->probability.given ? probability : NULL,
                      c->weight.given ? weight : NULL, c->smoothing, c->strength, scale};
-    const Results found = {loss, r[GRADIENT].given ? gradient : NULL, described ? &cross_entropy : NULL,
-                           described ? &chance : NULL};
+    const Results found = {loss, r[GRADIENT].given ? gradient : NULL, described[CROSS_ENTROPY], described[CHANCE],
+                           described[CONFIDENCE]};
     const char *wrong = wrong_row(&row, &found, NULL);
     must(!wrong, "%s %zu, %s, %zu classes, target %zu: logit %a, weight %a, scale %a, strength %a, smoothing %a%s: %s",
          c->columns ? "column" : "row", i, c->width == 4 ? "f32" : "f64", c->k, t, logits[t],
