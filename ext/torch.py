@@ -727,7 +727,7 @@ def _composite(
     w = z.new_ones(classes) if weight is None else weight.to(dtype)
     every_w = w.reshape(_along(axis, z))
     if target.is_floating_point():
-        losses = _loss_of_every_class(z, axis, strength, ((1 - e) * target + e / classes) * every_w).sum(axis)
+        losses = _loss_of_every_class(z, axis, strength, ((1 - e) * target.to(dtype) + e / classes) * every_w).sum(axis)
         divisor: Tensor | int = losses.numel()
     else:
         t, kept, wrong = _looked_up(target, classes, ignore_index)

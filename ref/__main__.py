@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from . import loss as definition
-from .case import FORMATS, LEVELS, VECTORS, Answer, Case, VectorError, read
+from .case import FORMATS, HALF_LEVELS, LEVELS, VECTORS, Answer, Case, VectorError, read
 from .check import Implementation, PortError, Result, answers_of, explain, judge, python_port, run
 from .peers import compare
 
@@ -31,7 +31,7 @@ FAILURES_SHOWN = 5
 
 def vectors(folder: Path, dtypes: list[str], levels: list[str]) -> dict[str, list[Case]]:
     """Cases by file name, of the files that exist for these dtypes and levels."""
-    names = [f"{d}-{level}.txt" for d in dtypes for level in levels if d in ("f64", "f32") or level in LEVELS[:2]]
+    names = [f"{d}-{level}.txt" for d in dtypes for level in levels if d in ("f64", "f32") or level in HALF_LEVELS]
     if not names:
         raise VectorError(f"there are no vectors for {', '.join(dtypes)} at {', '.join(levels) or 'no level'}")
     return {name: read(folder / name) for name in names}

@@ -18,7 +18,8 @@ Array = NDArray[Any]
 Answer = dict[str, Array] | None
 
 VECTORS = Path(__file__).parent / "vectors"
-LEVELS = ("core", "gradient", "batch", "layout", "second", "large")
+LEVELS = ("core", "gradient", "batch", "layout", "second", "large", "rows")
+HALF_LEVELS = ("core", "gradient", "batch", "rows")  # those of f16 and bf16
 ASKED = {"core": ("loss",), "second": ("product",)}  # elsewhere loss and gradient
 # Limits, so that no file takes the memory: bytes of a file, logits of all its cases together, axes.
 MOST_BYTES, MOST_LOGITS, MOST_AXES = 2**26, 2**22, 8
@@ -39,18 +40,20 @@ class Format:
 
     def decode(self, words: list[str]) -> Array:
         """Values of bit patterns, in float32 or, for f64, float64; exact."""
-        patterns = []
+        rule = re.compile(f"[0-9a-f]{{{self.digits}}}|nan")
         for word in words:
-            if word != "nan" and (len(word) != self.digits or not set(word) <= set("0123456789abcdef")):
+            if not rule.fullmatch(word):
                 raise ValueError(f"{word[:40]!r} is not {self.digits} hexadecimal digits in lower case")
-            patterns.append(0 if word == "nan" else int(word, 16))
+        text = "".join("0" * self.digits if word == "nan" else word for word in words)
+        bits: Array = np.frombuffer(bytes.fromhex(text), f">u{self.digits // 2}")
         if self.digits == 16:
-            values: Array = np.array(patterns, np.uint64).view(np.float64)
+            values: Array = bits.astype(np.uint64).view(np.float64)
         elif self == FORMATS["f16"]:
-            values = np.array(patterns, np.uint16).view(np.float16).astype(np.float32)
+            values = bits.astype(np.uint16).view(np.float16).astype(np.float32)
         else:
-            values = (np.array(patterns, np.uint32) << np.uint32(32 - 4 * self.digits)).view(np.float32)
-        values[[word == "nan" for word in words]] = np.nan
+            values = (bits.astype(np.uint32) << np.uint32(32 - 4 * self.digits)).view(np.float32)
+        if "nan" in words:
+            values[[word == "nan" for word in words]] = np.nan
         return values
 
     def decode_answer(self, words: list[str]) -> Array:
@@ -149,11 +152,14 @@ class Case:
     def logits(self) -> Array:
         if "logits" in self.words:
             return self.values("logits").reshape(self.shape)
-        x, exponent = map(int, self.words["lcg"])
-        z = np.empty(math.prod(self.shape), np.float64 if self.dtype == "f64" else np.float32)
-        for j in range(len(z)):
-            x = (1664525 * x + 1013904223) % 2**32
-            z[j] = (x // 256 - 2**23) * 2.0**exponent
+        seed, exponent = map(int, self.words["lcg"])
+        x = np.array([(1664525 * seed + 1013904223) % 2**32], np.uint32)
+        step, shift = 1664525, 1013904223
+        while len(x) < math.prod(self.shape):  # as many steps further on, twice as many each time
+            x = np.append(x, x * np.uint32(step) + np.uint32(shift))
+            step, shift = step**2 % 2**32, (step + 1) * shift % 2**32
+        z = (x[: math.prod(self.shape)] // 256).astype(np.float64) - 2.0**23
+        z = np.ldexp(z, exponent).astype(np.float64 if self.dtype == "f64" else np.float32)
         if "put" in self.words:
             z[int(self.words["put"][0])] = FORMATS[self.dtype].decode(self.words["put"][1:])[0]
         return z.reshape(self.shape)
@@ -186,6 +192,12 @@ class Case:
     @property
     def grad_output(self) -> Array | None:
         return self.values("grad-output").reshape(self.shape_of("loss")) if "grad-output" in self.words else None
+
+    @property
+    def largest_factor(self) -> float:
+        """How many times grad_output and weights may enlarge an entry; at least 1."""
+        factors = [self.values(key) for key in ("weight", "grad-output") if key in self.words]
+        return math.prod(max(1.0, float(np.abs(values).max(initial=0))) for values in factors)
 
     @property
     def vector(self) -> Array:

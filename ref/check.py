@@ -47,7 +47,7 @@ def judge(case: Case, answer: Answer, plain: float, flushed: bool = False) -> Re
     if answer is None:
         raise PortError(f"{case}: refused, but every index is a class")
     factor = float(case.words.get("plain", ["1"])[0]) if plain is True else max(1.0, plain)
-    lost = 2 * FORMATS[case.dtype].smallest_normal if flushed else 0.0
+    lost = 2 * FORMATS[case.dtype].smallest_normal * case.largest_factor if flushed else 0.0
     errors, holds = {}, True
     for quantity in case.asked:
         try:

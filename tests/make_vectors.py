@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import mpmath
@@ -91,6 +92,11 @@ def summed(terms):
     return mpmath.fsum(terms), mpmath.fsum(map(abs, terms))
 
 
+def running_sums(terms):
+    """Of the first 0, 1, ... terms."""
+    return list(accumulate(terms, initial=mpf(0)))
+
+
 def sample(z, a, s, at, v=None):
     """Loss, gradient (at the classes `at`) and product with v of one row; a has the coefficients that are not 0.
 
@@ -102,9 +108,10 @@ def sample(z, a, s, at, v=None):
     e = [exp(x, mpmath.mp.prec) for x in z]
     total = mpmath.fsum(e)
     q = [x / total for x in e]
+    before, after = running_sums(e), running_sums(e[::-1])[::-1]
     f, ak, slope = {}, {}, {}
     for k in a:
-        others = mpmath.fsum(e[:k] + e[k + 1 :])
+        others = before[k] + after[k + 1]
         r = others / total
         n = mpmath.log1p(others / e[k]) if e[k] else mpf("inf")
         qn = q[k] * n if e[k] else mpf(0)
@@ -176,7 +183,7 @@ def evaluate(case, dtype):
 
     batched = len(case.shape) > 1
     count, classes, inner = (case.shape[0] if batched else 1), case.shape[batched], math.prod(case.shape[2:])
-    z = lcg(*case.lcg, classes) if case.lcg else numbers(case.logits)
+    z = lcg(*case.lcg, math.prod(case.shape)) if case.lcg else numbers(case.logits)
     if case.put:
         z[case.put[0]] = rounded(case.put[1], dtype)
     y, v, w = numbers(case.probabilities), numbers(case.vector), numbers(case.weight) or [mpf(1)] * classes
@@ -194,7 +201,7 @@ def evaluate(case, dtype):
         goal = {k: y[j] for k, j in enumerate(places)} if y else {case.target[i]: 1}
         among = range(classes) if smoothing else goal
         a = {k: w[k] * ((1 - smoothing) * goal.get(k, 0) + smoothing / classes) for k in among}
-        at = case.at or range(classes)
+        at = [k for k, j in enumerate(places) if j in case.at] if case.at else range(classes)
         losses[i], *entries = sample(row, {k: x for k, x in a.items() if x}, s, at, along)
         scale = g[i % len(g)] / divisor
         for values, into in zip(entries, (gradient, product), strict=True):
@@ -205,7 +212,7 @@ def evaluate(case, dtype):
 
     if case.reduction != "none":
         value, terms = (mpmath.fsum(column) for column in zip(nothing, *losses, strict=True))
-        losses = [(value / divisor, terms / divisor) if divisor else (mpf("nan"), terms)]
+        losses = [(value / divisor, terms / abs(divisor)) if divisor else (mpf("nan"), terms)]
     if case.at:
         gradient = [gradient[j] for j in case.at]
     return {"loss": losses, "gradient": gradient, "product": product}, gap
@@ -213,6 +220,8 @@ def evaluate(case, dtype):
 
 def tolerance(pattern, terms, dtype, ulps, units):
     """Bit pattern of so many ulp or, where that is None, of so many times u times the terms; rounded up.
+
+    Half types are computed in float32 and rounded once: an ulp, and beside it so many times u of float32.
 
     The units count roundings along the longest path of the formulas, doubled and rounded up to a power of two. With
     compensated exponentials q is good to 4 u, n to 2, r to 5, f to 9, K to 10, a to 4: a f 14, a gradient entry
@@ -223,6 +232,9 @@ def tolerance(pattern, terms, dtype, ulps, units):
         return 0
     if ulps is not None:
         wanted = ulps * ulp(pattern, dtype)
+        return encode(wanted, dtype) + (rounded(wanted, dtype) < wanted)
+    if dtype in ("f16", "bf16"):
+        wanted = ulp(pattern, dtype) + mpmath.ldexp(units * terms, -FORMATS["f32"][0])
         return encode(wanted, dtype) + (rounded(wanted, dtype) < wanted)
     # The next value up, always: the last digits of terms that add up to a power of two must not decide.
     return max(encode(mpmath.ldexp(units * terms, -FORMATS[dtype][0]), dtype) + 1, 4)
@@ -272,10 +284,10 @@ def answer(case, dtype, level):
     tolerances = set()
     for quantity in {"core": ["loss"], "second": ["product"]}.get(level, ["loss", "gradient"]):
         ulps = 1 if dtype in ("f16", "bf16") else 4
-        if level in ("batch", "layout"):
+        if level in ("batch", "layout", "rows") and dtype in ("f64", "f32"):
             added = case.reduction == "mean" or (case.reduction == "sum" and quantity == "loss")
             ulps = 8 + mpf(len(case.target or [])) / 2 * added
-        if case.probabilities is not None or case.smoothing or level == "second":
+        if case.probabilities is not None or case.smoothing or min(case.weight or [0]) < 0 or level == "second":
             ulps = None
         patterns = [encode(value, dtype) for value, _ in found[quantity]]
         allowed = [
@@ -286,7 +298,10 @@ def answer(case, dtype, level):
         yield quantity, words(patterns, dtype)
         yield f"{quantity}-tolerance", words(allowed, dtype)
     if dtype in ("f64", "f32") and any(tolerances):
-        yield "plain", [math.ceil(4 + 4 * min(gap, 1000))]
+        # Exponentials below the smallest normal number have few digits: factors above 1 multiply what they have lost.
+        factor = math.prod(max(1, *map(abs, values)) for values in (case.weight or [1], case.grad_output or [1]))
+        subnormal = mpmath.exp(-gap) < mpmath.ldexp(1, lowest(dtype) + FORMATS[dtype][0] - 1)
+        yield "plain", [math.ceil(4 + 4 * min(gap, 1000) + (factor if subnormal and factor > 1 else 0))]
 
 
 def file_text(dtype, level, cases):
@@ -492,8 +507,10 @@ def with_row(i, row):
 
 def batch(dtype):
     for how in REDUCTIONS:
-        yield from batch_reduced(how)
+        yield from batch_reduced(how, 1e3 if dtype == "f16" else 1e6)
+        yield from infinities_beside_options(how)
     yield from bad_classes()
+    yield from scaled_subnormals(dtype)
     yield table("strength", "explicit-1-weights-smoothing", weight=WEIGHT, smoothing=0.1, strength=1.0)
     for name, g in (("per-sample", [1.0, -2.0, 0.5, 1024.0]), ("zeros", [0.0] * 4), ("one-kept", [0.0, 1.0, 0.0, 0.0])):
         yield table("grad-output", name, grad_output=g)
@@ -505,7 +522,72 @@ def batch(dtype):
         yield table("grad-output", f"weights-{how}", grad_output=[0.7], weight=WEIGHT, reduction=how)
 
 
-def batch_reduced(how):
+# Category, and a row that is not finite with its target.
+NOT_FINITE = {
+    "nan": ("nan", [0.5, 1.0, NAN, 2.0], 1),
+    "nan-before-the-largest": ("nan", [NAN, 1.0, 3.0, 2.0], 1),
+    "nan-after-the-largest": ("nan", [0.5, 3.0, 2.0, NAN], 1),
+    "plus-infinity": ("plus-infinity", [0.5, 1.0, INF, 2.0], 1),
+    "plus-infinity-target": ("plus-infinity", [0.5, 1.0, INF, 2.0], 2),
+    "minus-infinity": ("minus-infinity-target", [0.5, -INF, 1.0, 2.0], 1),
+    "minus-infinity-alone": ("minus-infinity-target", [-INF] * 4, 1),
+    "minus-infinity-elsewhere": ("minus-infinity-other", [-INF, 1.0, 2.0, 0.5], 1),
+    "minus-infinity-but-the-target": ("minus-infinity-other", [-INF, 1.0, -INF, -INF], 1),
+}
+
+
+def infinities_beside_options(how):
+    weight = [0.5, 2.0, 1.25, 0.125]
+    beside = {
+        "weights": {"weight": weight},
+        "zero-weight": {"weight": [0.0, 2.0, 1.25, 0.125]},
+        "zero-weight-target": {"weight": [0.5, 0.0, 1.25, 0.125]},
+        "negative-weight": {"weight": [0.5, -2.0, 1.25, 0.125]},
+        "strength-0": {"strength": 0.0},
+        "strength-half": {"strength": 0.5},
+        "smoothing": {"smoothing": 0.1},
+        "smoothing-zero-weight": {"smoothing": 0.1, "weight": [0.0, 2.0, 1.25, 0.125]},
+        "smoothing-strength-0": {"smoothing": 0.1, "strength": 0.0},
+        "probabilities": {"target": [[0.25, 0.5, 0.0, 0.25], [0.5, 0.5, 0.0, 0.0]]},
+        "probabilities-weights": {"target": [[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]], "weight": weight},
+        "ignored": {"target": [-100, 3]},
+        "grad-output": {"grad_output": [-2.0, 0.5] if how == "none" else [-2.0]},
+    }
+    for name, (category, row, target) in NOT_FINITE.items():
+        # A reduction adds what the rows have given: there a few options do.
+        few = ("weights", "smoothing", "probabilities-weights", "ignored")
+        for what, options in beside.items() if how == "none" else ((what, beside[what]) for what in few):
+            kind = "ignored-nan" if what == "ignored" else category
+            matrix = [row, [0.5, 1.5, -1.0, 0.0]]
+            yield table(kind, f"{name}-{what}-{how}", matrix, **({"target": [target, 3], "reduction": how} | options))
+
+
+def scaled_subnormals(dtype):
+    """Entries that are subnormal, or 0, before a factor above 1 makes them ordinary numbers."""
+    scale = 1024.0 if dtype == "f16" else 65536.0
+    for depth in {"f64": (740, 745), "f32": (95, 104), "f16": (15, 18), "bf16": (95, 104)}[dtype]:
+
+        def case(name, logits=(0.0, 0.0, -depth), depth=depth, **options):
+            return Case("underflow", f"class-{depth}-below-{name}", (1, len(logits)), list(logits), [0], **options)
+
+        yield case("grad-output", grad_output=[scale])
+        yield case("weight", weight=[scale, 1.0, 1.0])
+        yield case("grad-output-sum", grad_output=[scale], reduction="sum")
+        yield case("weight-grad-output", weight=[2.0, 1.0, 1.0], grad_output=[scale / 2])
+        yield case("strength-0", strength=0.0, grad_output=[scale])
+        yield case("confident-strength-0", (0.0, -depth), strength=0.0, weight=[scale, 1.0])
+        yield case("confident-strength-0-grad-output", (0.0, -depth), strength=0.0, grad_output=[scale])
+        yield Case(
+            "underflow",
+            f"class-{depth}-below-grad-output-in-space",
+            (1, 3, 2),
+            [0.0, 1.0, 0.0, -1.0, -depth, 0.5],
+            [0, 1],
+            grad_output=[scale, 1.0],
+        )
+
+
+def batch_reduced(how, large_weight):
     def case(category, name, *matrices, **options):
         return table(category, f"{name}-{how}", *matrices, reduction=how, **options)
 
@@ -525,8 +607,12 @@ def batch_reduced(how):
     yield case("strength", "half-confident", [margin(m, 4, 0) for m in (12, 16, 20, 40)], [0] * 4, strength=0.5)
     yield case("weights", "five", weight=WEIGHT)
     yield case("weights", "of-one-class-missing-in-the-targets", target=[0, 0, 3, 3], weight=WEIGHT)
-    yield case("weights", "large-and-small", weight=[1e6, 1e-6, 1.0, 1e3, 1e-3])
+    yield case("weights", "large-and-small", weight=[large_weight, 1 / large_weight, 1.0, 1e3, 1e-3])
     yield case("weights", "strength-half", weight=WEIGHT, strength=0.5)
+    yield case("weights", "negative", weight=[0.5, -2.0, 1.25, 0.125, 3.0])
+    yield case("weights", "all-negative", weight=[-0.5, -2.0, -1.25, -0.125, -3.0])
+    yield case("weights", "negative-smoothing", weight=[0.5, -2.0, 1.25, 0.125, 3.0], smoothing=0.1)
+    yield case("weights", "negative-probabilities", weight=[0.5, -2.0, 1.25, 0.125, 3.0], target=SOFT)
     yield case("zero-weight", "one-target", weight=[0.0, 2.0, 1.25, 0.1, 3.0])
     yield case("zero-weight", "two-targets", weight=[0.5, 0.0, 0.0, 0.1, 3.0])
     yield case("zero-weight", "not-a-target", weight=[0.5, 2.0, 1.25, 0.1, 0.0])
@@ -645,9 +731,124 @@ def layout(dtype):
         yield case("space-strength", (2, 3, 2), strength=0.25)
         yield case("no-places", (2, 3, 0), category="empty", target=[])
         yield case("no-samples-in-space", (0, 3, 2), category="empty", target=[])
+    yield from bad_classes_in_every_layout()
     yield Case(
         "layout", "space-grad-output", (2, 3, 2), spread((2, 3, 2)), [0, 2, 1, 1], grad_output=[1.0, -2.0, 0.5, 0.0]
     )
+
+
+def bad_classes_in_every_layout():
+    # 2^32 and its like are classes to whoever keeps the low 32 bits, 254 and 255 to whoever keeps 8 with a sign.
+    for shape in ((5,), (1, 5), (3, 5), (2, 5, 3), (2, 3, 2, 2), (2, 3, 2, 1, 2), (2, 1, 3)):
+        places, classes = math.prod(shape[:1] * (len(shape) > 1) + shape[2:]), shape[len(shape) > 1]
+        layout = "-".join(map(str, shape))
+        for index in (classes, -1, 254, 2**32, -(2**32) + 1, 2**63 - 1, -(2**63)):
+            target = [i % classes for i in range(places - 1)] + [index]
+            yield Case("bad-class", f"{layout}-index-{index}", shape, spread(shape), target, error=True)
+        wrong = [classes, *(i % classes for i in range(places - 1))]
+        for how in ("mean", "sum"):
+            yield Case("bad-class", f"{layout}-{how}", shape, spread(shape), wrong, reduction=how, error=True)
+        for name, options in (
+            ("smoothing", {"smoothing": 0.1}),
+            ("weights", {"weight": WEIGHT[:classes]}),
+            ("ignored-beside", {"ignore_index": 255, "target": [-100, *[255] * (places - 1)]}),
+        ):
+            given = {"target": wrong} | options
+            yield Case("bad-class", f"{layout}-{name}", shape, spread(shape), error=True, **given)
+
+
+# ---- Many rows: whatever is done in blocks, vectors, lanes, tiles or threads begins and ends inside them
+
+EDGES = sorted({k for n in (8, 16, 32, 64, 128, 256, 512, 1000, 1024) for k in (n - 1, n, n + 1)})
+
+
+def many(dtype):
+    half = dtype in ("f16", "bf16")
+
+    def case(name, shape, seed=1, exponent=-21, category="rows", corners=True, **options):
+        batched, inner = len(shape) > 1, math.prod(shape[2:])
+        samples, classes = shape[0] * inner, shape[batched]
+        if "probabilities" not in options:
+            options = {"target": [(3 * i + i // classes) % classes for i in range(samples)]} | options
+        goal = options.get("target")
+        at = None
+        if corners:  # gradients of rows and of classes at edges; each row's own class is among them
+            rows = [i for i in (0, 1, *EDGES, samples - 2, samples - 1) if i < samples]
+            columns = [k for k in (0, 1, *EDGES, classes - 2, classes - 1) if k < classes]
+            own = [goal[i] if goal and 0 <= goal[i] < classes else 0 for i in rows]
+            pairs = {(i, k) for n, i in enumerate(rows) for k in (own[n], columns[-1 - n % len(columns)])}
+            at = sorted((i // inner * classes + k) * inner + i % inner for i, k in pairs)
+        logits = {"logits": spread(shape)} if half else {"logits": None, "lcg": (seed, exponent)}
+        return Case(category, f"{'-'.join(map(str, shape))}-{name}", shape, **logits, at=at, **options)
+
+    ignoring = [-100 if i % 3 == 1 or i > 60 else i % 17 for i in range(65)]
+    soft = [0.5 if k == i % 17 else 0.25 if (k + 2 * i) % 8 == 0 else 0.0 for i in range(33) for k in range(17)]
+    signs = [(-1) ** i * (1 + i % 7) for i in range(65)]
+    weight = [(1 + (5 * k) % 9) / 4 for k in range(257)]
+    negative = [w if k % 3 else -w for k, w in enumerate(weight)]
+
+    def refused(shape, n, index):
+        target = [i % shape[1] for i in range(shape[0] * math.prod(shape[2:]))]
+        target[n] = index
+        name = f"place-{n}-index-{index}"
+        return case(name, shape, category="bad-class", corners=False, target=target, error=True)
+
+    yield case("none", (33, 17), corners=False)
+    yield case("sum", (64, 17), reduction="sum")
+    yield case("none", (65, 17))
+    yield case("ignored-weights-mean", (65, 17), target=ignoring, weight=weight[:17], reduction="mean")
+    yield case("grad-output", (65, 17), grad_output=signs)
+    yield case("smoothing", (33, 17), smoothing=0.1)
+    yield case("probabilities-mean", (33, 17), probabilities=soft, reduction="mean")
+    yield case("none", (1000, 2))
+    yield case("none", (2, 256))
+    yield case("mean", (2, 255), reduction="mean")
+    yield case("smoothing-weights", (2, 257), smoothing=0.1, weight=weight)
+    yield refused((65, 2), 17, 2)
+    yield refused((65, 2), 64, -1)
+    if half:
+        return
+
+    for rows in (33, 64, 65):
+        yield case("mean", (rows, 17), reduction="mean")
+    yield case("none", (1000, 17))
+    yield case("mean", (1000, 17), reduction="mean")
+    yield case("sum", (1000, 17), exponent=-19, reduction="sum")
+    yield case("weights-mean", (1000, 17), weight=weight[:17], reduction="mean")
+    few = [i % 5 if i % 5 == 3 else -100 for i in range(1000)]
+    yield case("ignored-but-one-in-five-sum", (1000, 5), target=few, reduction="sum")
+    yield case("none", (1025, 257))  # more logits than one thread is given
+    for rows, classes in ((33, 255), (64, 256), (65, 257), (17, 65), (9, 1025)):
+        yield case("none", (rows, classes), seed=2)
+        yield case("mean", (rows, classes), seed=3, exponent=-19, reduction="mean")
+        yield case("smoothing-sum", (rows, classes), seed=4, smoothing=0.1, reduction="sum")
+    yield case("strength-half", (33, 17), strength=0.5)
+    yield case("negative-weights", (33, 257), weight=negative)
+    yield case("negative-weights-smoothing-mean", (33, 257), weight=negative, smoothing=0.1, reduction="mean")
+    for name, x in (("nan", NAN), ("plus-infinity", INF), ("minus-infinity", -INF)):
+        for n in (16, 32, 63):
+            target = [(3 * i + i // 17) % 17 for i in range(65)]
+            yield case(f"{name}-in-row-{n}", (65, 17), put=(17 * n + 5, x))
+            target[n] = -100
+            yield case(f"{name}-in-ignored-row-{n}", (65, 17), put=(17 * n + 5, x), target=target, reduction="mean")
+        yield case(f"{name}-in-row-32-smoothing", (65, 17), put=(17 * 32 + 5, x), smoothing=0.1)
+        yield case(f"{name}-far-right", (33, 257), put=(257 * 20 + 256, x), weight=weight)
+    for n, index in ((16, 17), (31, -1), (32, 2**32), (63, 17)):
+        yield refused((65, 17), n, index)
+    yield refused((1000, 17), 999, 17)
+    # The samples along the last axes, where they are neighbours.
+    for shape in ((2, 17, 33), (1, 3, 65), (2, 3, 5, 13), (33, 17, 3), (2, 257, 17)):
+        yield case("none", shape, seed=5)
+        yield case("weights-mean", shape, seed=6, weight=weight[: shape[1]], reduction="mean")
+        yield case("smoothing-sum", shape, seed=7, smoothing=0.1, reduction="sum")
+    yield case("mean", (1, 10, 1000), reduction="mean")
+    yield case("probabilities", (1, 17, 33), probabilities=soft)
+    yield case("grad-output", (1, 17, 65), grad_output=signs)
+    yield case("ignored-mean", (1, 17, 65), target=ignoring, reduction="mean")
+    for name, x in (("nan", NAN), ("minus-infinity", -INF)):
+        yield case(f"{name}-in-one-place", (1, 17, 65), put=(65 * 4 + 32, x))
+    for n, index in ((0, -1), (31, 17), (64, 2**32)):
+        yield refused((1, 17, 65), n, index)
 
 
 # Directions in which the logits move.
@@ -696,6 +897,7 @@ def second(dtype):
 
         yield case("reductions", "four-samples")
         yield case("weights", "five", weight=WEIGHT)
+        yield case("weights", "negative", weight=[0.5, -2.0, 1.25, 0.125, 3.0])
         yield case("zero-weight", "one-target", weight=[0.0, 2.0, 1.25, 0.1, 3.0])
         yield case("ignored", "index-255", target=[0, 255, 3, 2], ignore_index=255)
         yield case("all-ignored", "four-samples", target=[-100] * 4)
@@ -738,10 +940,11 @@ def large(dtype):
 ALL: dict[str, tuple[tuple[str, ...], Callable[[str], Iterator[Case]]]] = {
     "core": (("f64", "f32", "f16", "bf16"), rows),
     "gradient": (("f64", "f32", "f16", "bf16"), rows),
-    "batch": (("f64", "f32"), batch),
+    "batch": (("f64", "f32", "f16", "bf16"), batch),
     "layout": (("f64", "f32"), layout),
     "second": (("f64", "f32"), second),
     "large": (("f64", "f32"), large),
+    "rows": (("f64", "f32", "f16", "bf16"), many),
 }
 
 

@@ -189,6 +189,7 @@ PROGRAMS = {
     "contracted": (("-mfma", "-ffp-contract=fast", "-O2", EXT / "lace.c"), "f32", ALL),
 }
 SMALL = ("-DROOM=64",)  # logits that 16 KiB of memory hold: not those of "large"
+WHOLE = ("-DROOM=263425",)  # those of "rows"
 RUNS = [("cortex-m0", "row"), ("cortex-m55", "row"), ("cortex-m55", "f32"), ("here", "contracted")]
 RUNS += [(machine, program) for machine in ("here", "cortex-m4", *LINUX, "wasm32") for program in ("row", "f32", "f64")]
 
@@ -200,7 +201,11 @@ def vectors_program(tmp_path_factory):
     @functools.cache
     def made(machine, program):
         sources, dtype, levels = PROGRAMS[program]
-        room, levels = (SMALL, levels[:2]) if machine == "cortex-m0" else ((), levels)
+        room: tuple[str, ...] = ()
+        if machine == "cortex-m0":
+            room, levels = SMALL, levels[:2]
+        elif machine not in CORTEX and program != "row":
+            room, levels = WHOLE, (*levels, "rows")
         folder = tmp_path_factory.mktemp(machine)
         return built(folder, machine, *room, *STRICT, PORT, *sources), dtype, levels
 

@@ -17,7 +17,7 @@ from lace_loss.ref.__main__ import main
 from lace_loss.ref.check import VECTORS, judge, read
 
 PORTS = Path(__file__).parent / "ports"
-LEVELS = ["core", "gradient", "batch", "layout", "large"]
+LEVELS = ["core", "gradient", "batch", "layout", "large", "rows"]
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@
  *     cc -std=c99 -O2 -ffp-contract=off -Iext -o port tests/ports/through_header.c ext/lace.c
  *     python -m lace_loss.ref check --command ./port --levels core gradient batch layout large --dtypes f32
  *
+ * and, where ROOM is defined as 263425, at the level rows.
+ *
  * For float with lace.c or, if ROW is defined, with lace_row.c; for double if F64 is defined. Without an operating system
  * (-ffreestanding) get, put and the call of main are the machine's. Exit status 2 where the input is not what it can read.
  */
@@ -31,9 +33,10 @@ int main(void);
 #define DTYPE "f32"
 #endif
 #ifndef ROOM
-#define ROOM 50257 /* logits of a case */
+#define ROOM 50257 /* logits of a case; the level rows has up to 263425 */
 #endif
-enum { FEW = 64, AXES = 5 }; /* samples, classes with weights, places asked for; axes */
+/* Samples, probabilities, classes with weights, places asked for; axes. */
+enum { FEW = ROOM < 1088 ? ROOM : 1088, AXES = 5 };
 
 static char word[24];
 static int ended = 1; /* the line */
@@ -155,7 +158,9 @@ static int read_case(void)
             uint32_t x = (uint32_t)integer();
             next();
             const REAL unit = power(integer());
-            for (; n < shape[0] && n < ROOM; n++) {
+            size_t count = 1;
+            for (size_t i = 0; i < axes; i++) count *= shape[i];
+            for (; n < count && n < ROOM; n++) {
                 x = x * UINT32_C(1664525) + UINT32_C(1013904223);
                 z[n] = (REAL)((int32_t)(x / 256) - INT32_C(8388608)) * unit;
             }
@@ -189,8 +194,8 @@ static int read_case(void)
     samples = inner = 1;
     for (size_t i = 2; i < axes; i++) inner *= shape[i];
     if (axes > 1) samples = shape[0] * inner;
-    const int plain = inner == 1 && !has_probability && !has_weight;
-    return axes > 0 && samples <= FEW && samples * classes <= (plain ? ROOM : FEW);
+    return axes > 0 && samples <= FEW && samples * classes <= (has_probability ? FEW : ROOM) &&
+           (classes <= FEW || !(has_weight || inner > 1));
 }
 
 #ifdef ROW
