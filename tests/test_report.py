@@ -25,9 +25,9 @@ from lace_loss.train.__main__ import main, parser  # noqa: E402
 from lace_loss.train.config import Config  # noqa: E402
 from lace_loss.train.intervals import paired, power, ratio, welch  # noqa: E402
 from lace_loss.train.pictures import pyplot, save  # noqa: E402
-from lace_loss.train.report import report  # noqa: E402
+from lace_loss.train.report import markdown, report  # noqa: E402
 from lace_loss.train.schema import FIGURES, TESTED, Record  # noqa: E402
-from lace_loss.train.summary import RECIPE  # noqa: E402
+from lace_loss.train.summary import RECIPE, summarise  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 E = {"schedule": "triangle", "precision": "bfloat16", "shrink": 2, "pad": 2, "subset": 10_000, "width": 16}
@@ -410,6 +410,22 @@ def test_report_refuses_to_count_one_run_twice(tmp_path: Path, capsys: pytest.Ca
     for other in "bc":
         both = [tmp_path / "a", tmp_path / other]
         assert_error(capsys, ["report", *map(str, both)], *(str(f / "ce0.jsonl") for f in both), "same run")
+
+
+def test_figures_of_any_size_that_a_record_may_hold_are_reported_as_json_numbers(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    percents, numbers = [0.0, 5e-324, 1e-300, 1e-9, 36.0, 36.000001, 100.0], [0.0, 5e-324, 1.0, 1e50, 1e100]
+    for _ in range(100):
+        records = []
+        for seed in range(3):
+            for loss in ("ce", "lace"):
+                test = {"nll": float(random.choice(numbers)), "top5_error": float(random.choice(percents))}
+                record(tmp_path, loss, seed, test["top5_error"], test=test, epochs=1)
+                file = tmp_path / f"{loss}{seed}.jsonl"
+                records.append(store.read_record(file) | {"path": str(file)})
+        found = summarise(records)
+        json.dumps(found, allow_nan=False)
+        assert "| Welch, points (declared) " in markdown(found)
 
 
 def test_a_quality_of_another_kind_is_refused_with_file_line_and_key(

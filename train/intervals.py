@@ -1,6 +1,7 @@
 """Differences between two losses over their seeds: intervals by Welch's and by the paired t-test, ratios, and power."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,19 +25,21 @@ def has_spread(values: Array) -> bool:
     return len(values) > 1 and bool(np.ptp(values) > 1e-9 * np.abs(values).max())
 
 
-def tested(test: Any, mean: float) -> Found:
-    interval = test.confidence_interval(0.95)
-    return {"mean": mean, "interval": [float(interval.low), float(interval.high)], "p": float(test.pvalue)}
+def tested(test: Callable[..., Any], a: Array, b: Array, **options: bool) -> Found:
+    """The mean of the difference with 95 % interval and two-sided p of scipy's test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where one of the two has no spread, or a square overflows
+        found = test(a, b, **options)
+        interval = found.confidence_interval(0.95)
+    limits = [float(interval.low), float(interval.high)]
+    return {"mean": float(a.mean() - b.mean()), "interval": limits, "p": float(found.pvalue)}
 
 
 def welch(a: Array, b: Array) -> Found:
     """a's mean minus b's, Welch's 95 % interval and two-sided p; both None without a second seed or without spread."""
-    mean = float(a.mean() - b.mean())
     if min(len(a), len(b)) < 2 or not (has_spread(a) or has_spread(b)):
-        return {"mean": mean, "interval": None, "p": None}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # scipy's, where one of the two has no spread
-        return tested(ttest_ind(a, b, equal_var=False), mean)
+        return {"mean": float(a.mean() - b.mean()), "interval": None, "p": None}
+    return tested(ttest_ind, a, b, equal_var=False)
 
 
 def paired(a: dict[int, float], b: dict[int, float]) -> Found:
@@ -47,15 +50,18 @@ def paired(a: dict[int, float], b: dict[int, float]) -> Found:
     scale = np.abs([*x, *y]).max() if seeds else 0.0
     if mean is None or len(seeds) < 2 or np.ptp(x - y) <= 1e-9 * scale:
         return {"mean": mean, "interval": None, "p": None, "seeds": len(seeds)}
-    return tested(ttest_rel(x, y), mean) | {"seeds": len(seeds)}
+    return tested(ttest_rel, x, y) | {"seeds": len(seeds)}
 
 
 def ratio(a: Array, b: Array) -> Found | None:
-    """By how many percent a is larger than b: `welch` of the logarithms. None where one of them is 0."""
+    """By how many percent a is larger than b: `welch` of the logarithms. None where one is 0 or a limit is huge."""
     if min(a.min(), b.min()) <= 0:
         return None
     found = welch(np.log(a), np.log(b))
-    percent = [float(100 * np.expm1(x)) for x in (found["mean"], *(found["interval"] or ()))]
+    logs = [found["mean"], *(found["interval"] or ())]
+    if max(logs) > 100:
+        return None
+    percent = [float(100 * np.expm1(x)) for x in logs]
     return {"mean": percent[0], "interval": percent[1:] or None, "p": found["p"]}
 
 
