@@ -23,14 +23,12 @@ from torch import Tensor
 
 __all__ = ["backward", "forward", "gradient_like", "rows_like", "warps"]
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
-_LN2_HIGH = tl.constexpr(177 / 256)  # eight bits: its multiples are exact
-_LN2_LOW = tl.constexpr(0.6931471805599453 - 177 / 256)
-_ROUNDER = tl.constexpr(1.5 * 2**23)  # added, it leaves the nearest integer in the low bits
-# Factor 2^64: an exponential that ends up in the subnormal range, or leaves it by a loss scale, keeps all its bits.
-_RAISED = tl.constexpr(64)
-_LOWER = tl.constexpr(2.0**-64)
+# Triton compares each global of a kernel before each launch, which took a quarter of it: numbers are written out here.
+# 1.4426950408889634 is log2 e, and 177 / 256 + 0.0017409305599452862 is ln 2: of eight bits, so that its multiples are
+# exact, and the rest. 12582912 = 1.5 x 2^23, added, leaves the nearest integer in the low bits.
+#
+# Exponentials are formed 2^40 or 2^64 times as large, and what is left for the backward pass 2^24 times: numbers that
+# end up in the subnormal range, or leave it by a weight or a loss scale, keep all their bits.
 
 
 @triton.jit
@@ -39,14 +37,14 @@ def _split_exp(z, m, RAISED: tl.constexpr, WIDE: tl.constexpr):
     type and m, too, and 0 or at least 2^-6: m + n ln 2 is near z, and exact but for the last bits of ln 2.
     """
     d = z - m
-    shifted = tl.fma(d, _LOG2_E, _ROUNDER + 127 + RAISED)
+    shifted = tl.fma(d, 1.4426950408889634, 12582912.0 + 127 + RAISED)
     scale = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-    n = shifted - (_ROUNDER + 127 + RAISED)
+    n = shifted - (12582912.0 + 127 + RAISED)
     if WIDE:
         back = d - z
-        rest = tl.fma(n, -_LN2_LOW, tl.fma(n, -_LN2_HIGH, d)) + ((z - (d - back)) - (m + back))
+        rest = tl.fma(n, -0.0017409305599452862, tl.fma(n, -177 / 256, d)) + ((z - (d - back)) - (m + back))
     else:
-        rest = tl.fma(n, -_LN2_LOW, z - tl.fma(n, _LN2_HIGH, m))
+        rest = tl.fma(n, -0.0017409305599452862, z - tl.fma(n, 177 / 256, m))
     return rest, scale, d < -87.0 - 0.69 * RAISED  # not true of NaN
 
 
@@ -54,7 +52,7 @@ def _split_exp(z, m, RAISED: tl.constexpr, WIDE: tl.constexpr):
 def _exp(z, m, RAISED: tl.constexpr, WIDE: tl.constexpr):
     """Of every logit, by the device's exp2, which is good to 2 ulp."""
     rest, scale, far = _split_exp(z, m, RAISED, WIDE)
-    return tl.where(far, 0.0, tl.exp2(rest * _LOG2_E) * scale)
+    return tl.where(far, 0.0, tl.exp2(rest * 1.4426950408889634) * scale)
 
 
 @triton.jit
@@ -69,8 +67,8 @@ def _origin(m):
 def _exp_to_add(z, origin, WIDE: tl.constexpr):
     """exp(z - origin); 0 from -87 on, where z is far below the largest."""
     d = z - origin
-    product = d * _LOG2_E
-    lost = tl.fma(product, -_LN2, d)
+    product = d * 1.4426950408889634
+    lost = tl.fma(product, -0.6931471805599453, d)
     if WIDE:
         lost += z - (d + origin)
     p = tl.exp2(product)
@@ -94,8 +92,8 @@ def _plus(total, lost, x):
 
 @triton.jit
 def _exp_of_row(z, m):
-    """Raised; once a sample, in two parts, since L is about its square."""
-    rest, scale, far = _split_exp(z, m, _RAISED, True)
+    """2^64 times it; once a sample, in two parts, since L is about its square."""
+    rest, scale, far = _split_exp(z, m, 64, True)
     p = tl.fma(rest, 1.3927684616575004e-3, 8.36438069329107e-3)
     p = tl.fma(rest, p, 4.166654542109553e-2)
     p = tl.fma(rest, p, 1.6666569628115477e-1)
@@ -139,7 +137,7 @@ def _tile(first, start, samples, C: tl.constexpr, ROW: tl.constexpr, BC: tl.cons
 
     A row that begins between multiples of V logits (C = 50,257) is read from the multiple before it. Its masks are
     alike for V logits side by side, or they would not be one load of 16 bytes: that may reach over the ends of the
-    row, but not over those of 16 aligned bytes that hold one of its logits.
+    row, but not over the end of the last one.
     """
     i = first + tl.arange(0, BC)[None, :]
     if ROW == 0:
@@ -148,19 +146,26 @@ def _tile(first, start, samples, C: tl.constexpr, ROW: tl.constexpr, BC: tl.cons
         return i, i < C, i < C, i < C, start[:, None] + i
     else:
         before = start % V
-        shift, group = before.to(tl.int32)[:, None], i // V * V
+        shift, group = before.to(tl.int32), i // V * V
+        end = tl.where(start >= tl.cast(samples - 1, tl.int64) * ROW, (C + shift) // V * V, C + shift)[:, None]
+        shift = shift[:, None]
         j, whole = i - shift, (group >= shift) & (group + V <= C + shift)
-        return j, (j >= 0) & (j < C), group < C + shift, whole, tl.multiple_of(start - before, V)[:, None] + i
+        return j, (j >= 0) & (j < C), group < end, whole, tl.multiple_of(start - before, V)[:, None] + i
 
 
 @triton.jit
-def _load(z, t, exists, counts, first, start, samples, C, ROW: tl.constexpr, BC: tl.constexpr, V: tl.constexpr):
+def _load(z, t, exists, counts, first, start, ends, samples, C, ROW: tl.constexpr, BC: tl.constexpr, V: tl.constexpr):
     """The logits of BC columns in float32, their classes, and which are of other classes than the target. Ignored rows
-    are not read; of planes they are, in the same 16 bytes as others, and count as -inf.
+    are not read; of planes they are, in the same 16 bytes as others, and count as -inf. `ends` where the last row is
+    among these.
     """
     j, inside, near, _, place = _tile(first, start, samples, C, ROW, BC, V)
     wanted = exists if ROW == 0 else counts
     x = tl.load(z + place, mask=near & wanted[:, None], other=float("-inf")).to(tl.float32)
+    if V > 1:  # noqa: SIM102 - known to the compiler
+        if ends & (first + BC > C):
+            rest = tl.load(z + place, mask=inside & (near == 0) & wanted[:, None], other=float("-inf"))
+            x = tl.where(near, x, rest.to(tl.float32))
     if ROW == 0:
         x = tl.where(counts[:, None], x, float("-inf"))
     return x, j, inside & (j != t[:, None])
@@ -168,7 +173,7 @@ def _load(z, t, exists, counts, first, start, samples, C, ROW: tl.constexpr, BC:
 
 @triton.jit
 def _load_others(
-    z, t, exists, counts, first, start, samples,
+    z, t, exists, counts, first, start, ends, samples,
     C: tl.constexpr, ROW: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """`_load`, with -inf for what is no other class. Most blocks of one LONG row hold nothing of the kind, and are not
@@ -178,13 +183,13 @@ def _load_others(
         j, inside, _, _, place = _tile(first, start, samples, C, ROW, BC, V)
         others, own = inside & (j != t[:, None]), tl.max(t, 0)
         if (first == 0) | (first + BC > C) | (own < 0) | ((own > first - V) & (own < first + BC)):
-            x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+            x, j, others = _load(z, t, exists, counts, first, start, ends, samples, C, ROW, BC, V)
             x = tl.where(others, x, float("-inf"))
         else:
             x = tl.load(z + place).to(tl.float32)
         return x, j, others
     else:
-        x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+        x, j, others = _load(z, t, exists, counts, first, start, ends, samples, C, ROW, BC, V)
         return tl.where(others, x, float("-inf")), j, others
 
 
@@ -203,18 +208,23 @@ def _add(m, total, lost, ahead, x, j, others, t, z_t, WIDE: tl.constexpr, STATIS
 
 @triton.jit
 def _row(z_t, m, total, lost):
-    """Of a sample whose largest other logit is about m: m, r, q, n, the probability of a logit of m and its -log."""
+    """Of a sample whose largest other logit is about m: m, r, q, n, the probability of a logit of m and its -log. r and
+    that probability are also given 2^24 times as large.
+    """
     m = tl.where(m == float("-inf"), z_t, m)  # no other class is left
     d = tl.where(z_t == float("inf"), float("nan"), m - z_t)
     leads, top = d <= 0, tl.maximum(m, z_t)
     high, low = _exp_of_row(tl.minimum(m, z_t), top)
-    e = tl.where(d != d, d, (high + low) * _LOWER)
+    e = tl.where(d != d, d, high + low)
     high, low = _exp_of_row(_origin(m), top)
-    r, q = tl.fma(total, high, tl.fma(total, low, lost * high)) * _LOWER, tl.where(leads, 1.0, e)
-    both = r + q
-    log = tl.where(leads, _log1p(r), tl.log(both))
-    r, q, q_m = tl.div_rn(r, both), tl.div_rn(q, both), tl.div_rn(tl.where(leads, e, 1.0), both)
-    return m, r, q, log + tl.where(leads, 0.0, d), q_m, log + tl.where(leads, -d, 0.0)
+    r = tl.fma(total, high, tl.fma(total, low, lost * high))
+    q = tl.where(leads, 1.0, e * 2.0**-64)
+    both = r * 2.0**-64 + q
+    log = tl.where(leads, _log1p(r * 2.0**-64), tl.log(both))
+    r, q = tl.div_rn(r * 2.0**-40, both), tl.div_rn(q, both)
+    q_m = tl.div_rn(tl.where(leads, e * 2.0**-40, 2.0**24), both)
+    n, n_m = log + tl.where(leads, 0.0, d), log + tl.where(leads, -d, 0.0)
+    return m, r * 2.0**-24, r, q, n, q_m * 2.0**-24, q_m, n_m
 
 
 @triton.jit
@@ -230,14 +240,14 @@ def _weighted(w, loss):
 
 @triton.jit
 def _gradient(x, j, t, m, a, g, WIDE: tl.constexpr):
-    """a exp(x - m), and g for the target."""
-    return tl.where(j == t[:, None], g[:, None], _exp(x, m[:, None], _RAISED, WIDE) * a[:, None] * _LOWER)
+    """a exp(x - m), and g for the target, of which both are given 2^24 times as large."""
+    return tl.where(j == t[:, None], g[:, None] * 2.0**-24, _exp(x, m[:, None], 40, WIDE) * a[:, None] * 2.0**-64)
 
 
 @triton.jit
 def _smoothed_gradient(x, j, t, w, m, q_m, n_m, factors, g, only, g_only, spread, strength, rest):
     """q_j sum a K - a_j K_j, and g for the target and g_only for the largest other logit if it is the only one."""
-    q = _exp(x, m[:, None], _RAISED, True) * q_m[:, None] * _LOWER
+    q = _exp(x, m[:, None], 64, True) * q_m[:, None] * 2.0**-64
     _, k = _factors(1.0 - q, q, m[:, None] - x + n_m[:, None], strength, rest)
     value = q * factors[:, None] - spread * w * k
     return tl.where(j == t[:, None], g[:, None], tl.where(x == only[:, None], g_only[:, None], value))
@@ -266,6 +276,7 @@ def _forward(
     WIDE: tl.constexpr = z.dtype.element_ty == tl.float32
     LONG: tl.constexpr = (BM == 1) & (C > BC) & (gradient is None)  # more registers: too many for large blocks
     sample, exists, start = _samples_of(tl.program_id(0), samples, C, ROW, BM)
+    ends = tl.program_id(0) == tl.cdiv(samples, BM) - 1
     t, counts, wrong = _class_of(target, sample, exists, ignore_index, C)
     known = tl.maximum(t, 0)
     to_class = start + (known.to(tl.int64) * samples if ROW == 0 else known)
@@ -275,13 +286,15 @@ def _forward(
     m, s, lost = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     ahead = tl.zeros([BM], tl.int32)
     for first in range(0, C + V - 1, BC):
-        x, j, others = _load_others(z, t, exists, counts, first, start, samples, C, ROW, BC, V, LONG)
+        x, j, others = _load_others(z, t, exists, counts, first, start, ends, samples, C, ROW, BC, V, LONG)
         m, s, lost, ahead = _add(m, s, lost, ahead, x, j, others, t, z_t, WIDE, rank is not None)
     if not (WIDE or SMOOTHED):
         m = tl.where(tl.abs(m) < 1 / 64, 0.0, m)  # for _split_exp; any m near the largest logit would do
-    m, r, q, n, q_m, n_m = _row(z_t, m, s, lost)
+    m, r, raised_r, q, n, q_m, raised_q_m, n_m = _row(z_t, m, s, lost)
     f, k_t = _factors(r, q, n, strength, rest)
-    of_sample = _weighted(w, f)
+    # Up to 2^-41 n is r. (1 - s + s r) r is formed with the weight before it is rounded to a subnormal number.
+    tiny = raised_r < 2.0**-17
+    of_sample = tl.where(tiny, (rest + strength * r) * raised_r * w * 2.0**-24, _weighted(w, f))
 
     if SMOOTHED:
         # The classes that are neither the target nor tied for m have q <= 1/2 and 1 - q by subtraction.
@@ -289,7 +302,7 @@ def _forward(
         f_less, k_less = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
         lost, f_lost, k_lost = less, less, less
         for first in range(0, C + V - 1, BC):
-            x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+            x, j, others = _load(z, t, exists, counts, first, start, ends, samples, C, ROW, BC, V)
             w_j = _class_weights(weight, j, C)
             e = _exp(x, m[:, None], 0, True)
             q_j = e * q_m[:, None]
@@ -336,9 +349,9 @@ def _forward(
             rows += total
             tl.store(rows + total, (q_m * (own + of_less) - r_m * of_m) * bad, mask=exists)
         else:
-            tl.store(rows + total, w * k_t * q_m * bad, mask=exists)
+            tl.store(rows + total, w * k_t * raised_q_m * bad, mask=exists)
             rows += total
-            tl.store(rows + total, -w * k_t * r * bad, mask=exists)
+            tl.store(rows + total, -w * k_t * raised_r * bad, mask=exists)
     if rank is not None:
         tl.store(cross_entropy + sample, tl.where(counts, n * bad, 0.0), mask=exists)
         tl.store(probability + sample, tl.where(counts, q * bad, 0.0), mask=exists)
@@ -346,9 +359,10 @@ def _forward(
     if gradient is not None:
         _, _, to = _samples_of(tl.program_id(0), samples, C, C if ROW else 0, BM)
         scale = bad if divisor is None else bad * tl.div_rn(1.0, tl.load(divisor))
-        a, g = tl.where(counts, w * k_t * q_m * scale, 0.0), tl.where(counts, -w * k_t * r * scale, 0.0)
+        a = tl.where(counts, w * k_t * raised_q_m * scale, 0.0)
+        g = tl.where(counts, -w * k_t * raised_r * scale, 0.0)
         for first in range(0, C + V - 1, BC):
-            x, j, others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+            x, j, others = _load(z, t, exists, counts, first, start, ends, samples, C, ROW, BC, V)
             value = _gradient(x, j, t, m, a, g, WIDE)
             _store(gradient, value, first, to, exists, samples, C, ROW, BC, V)
 
@@ -379,6 +393,7 @@ def _backward(
             return
     WIDE: tl.constexpr = z.dtype.element_ty == tl.float32
     sample, exists, start = _samples_of(tl.program_id(0) // splits, samples, C, ROW, BM)
+    ends = tl.program_id(0) // splits == tl.cdiv(samples, BM) - 1
     _, _, to = _samples_of(tl.program_id(0) // splits, samples, C, C if ROW else 0, BM)
     t, counts, _ = _class_of(target, sample, exists, ignore_index, C)
     scale = tl.load(grad_output + sample, mask=exists, other=0.0) if EACH else tl.load(grad_output)
@@ -400,7 +415,7 @@ def _backward(
         a, g = tl.where(counts, a * scale, 0.0), tl.where(counts, g * scale, 0.0)
     for step in range(0, C + V - 1, splits * BC):
         first = step + tl.program_id(0) % splits * BC
-        x, j, _others = _load(z, t, exists, counts, first, start, samples, C, ROW, BC, V)
+        x, j, _others = _load(z, t, exists, counts, first, start, ends, samples, C, ROW, BC, V)
         if SMOOTHED:
             w = _class_weights(weight, j, C)
             value = _smoothed_gradient(x, j, t, w, m, q_m, n_m, factors, g, only, g_m, smoothing / C, strength, rest)
@@ -462,7 +477,7 @@ def forward(
             *(classes, row, bm, bc, v, label_smoothing > 0, reduction if in_one else "none"),
         )  # fmt: skip
     if pairs is not None:
-        divisor, loss = pairs.flatten(1).sum(1).unbind()
+        divisor, loss = pairs.view(2, -1).sum(1).unbind()
         loss = loss / divisor
     elif in_one:
         divisor = weights
@@ -529,13 +544,13 @@ def _laid_out(input: Tensor) -> tuple[Tensor, int, int]:
     """
     z, classes = input.detach().resolve_neg(), _classes(input)
     if z.dim() == 2 and (classes == 1 or z.stride(1) == 1) and z.stride(0) >= classes:
-        return z, z.stride(0), len(z)
+        return z, z.stride(0), z.shape[0]
     if z.dim() == 2 and z.t().is_contiguous():
-        return z, 0, len(z)
+        return z, 0, z.shape[0]
     if z.dim() > 2 and z.movedim(1, -1).is_contiguous():
         return z, classes, z.numel() // classes
     z = z.contiguous()
-    return (z, 0, z[0, 0].numel()) if z.dim() > 2 and len(z) else (z, classes, z.numel() // classes)
+    return (z, 0, z[0, 0].numel()) if z.dim() > 2 and z.shape[0] else (z, classes, z.numel() // classes)
 
 
 def gradient_like(input: Tensor) -> Tensor:

@@ -484,7 +484,9 @@ KERNELS = {
     "rows": ((257, 100), torch.bfloat16, {"reduction": "none"}),
     "rows with statistics": ((37, 20), torch.float32, {"statistics": True}),
     "long rows": ((3, 4104), torch.bfloat16, {}),
-    "smoothed and weighted": ((9, 1000), torch.float32, {"label_smoothing": 0.1, "weight": torch.ones(1000)}),
+    "rows that begin between 16 bytes": ((3, 300), torch.float16, {}),
+    "long rows that do": ((2, 4099), torch.float32, {}),
+    "smoothed and weighted": ((9, 150), torch.float32, {"label_smoothing": 0.1, "weight": torch.ones(150)}),
     "planes": ((2, 5, 3, 7), torch.float32, {}),
     "gradient at once": ((3, 9004), torch.float32, {"gradient_in_forward": True}),
 }

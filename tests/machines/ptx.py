@@ -353,9 +353,8 @@ def number(text, dtype):
         return np.bool_(int(text))
     if text.startswith("0f"):
         return np.uint32(int(text[2:], 16)).view(dtype)
-    return np.array(
-        int(text.rstrip("U").replace("global_smem", "0"), 0) % (1 << 8 * dtype.itemsize), f"u{dtype.itemsize}"
-    ).view(dtype)[()]
+    bits = int(text.rstrip("U").replace("global_smem", "0"), 0) % (1 << 8 * dtype.itemsize)
+    return np.array(bits, f"u{dtype.itemsize}").view(dtype)[()]
 
 
 @cache
@@ -374,14 +373,10 @@ def several(text):
 SPECIAL = {}
 
 
-def special(pattern):
-    return partial(SPECIAL.setdefault, pattern)
-
-
 PLACES = {"%tid.x": lambda m: m.threads % m.block, "%ctaid.x": lambda m: m.program}
 
 
-@special(r"mov\.([bu]\d+|pred)")
+@partial(SPECIAL.setdefault, r"mov\.([bu]\d+|pred)")
 def _(m, to, value, name):
     """Two halves may be joined, or a register split."""
     whole = TYPES[name[1]]
@@ -397,7 +392,7 @@ def _(m, to, value, name):
             m.write(part, (bits >> half * i).astype(TYPES[f"b{half}"]) if "{" in to else bits)
 
 
-@special(r"ex2\.approx\.ftz\.f32")
+@partial(SPECIAL.setdefault, r"ex2\.approx\.ftz\.f32")
 def _(m, to, value, name):
     """Of 0 it is 1, and elsewhere within 2^-22: as far off as the machine is told."""
     x = flushed(m.value(value, "f32"))
@@ -405,7 +400,7 @@ def _(m, to, value, name):
     m.write(to, flushed(found.astype(np.float32)))
 
 
-@special(r"ld\.param\.([bsuf]\d+)")
+@partial(SPECIAL.setdefault, r"ld\.param\.([bsuf]\d+)")
 def _(m, to, place, name):
     value, dtype = m.arguments[int(re.fullmatch(r"\[\w+_param_(\d+)\]", place)[1])], TYPES[name[1]]
     if isinstance(value, float):
@@ -415,7 +410,7 @@ def _(m, to, place, name):
     m.write(to, number(str(value), dtype))
 
 
-@special(r"ld\.(global|shared)(?:\.v[24])?\.([bsu]\d+)")
+@partial(SPECIAL.setdefault, r"ld\.(global|shared)(?:\.v[24])?\.([bsu]\d+)")
 def _(m, to, place, name):
     dtype, parts = TYPES[name[2]], several(to)
     memory, places = m.find(name[1], m.address(place), dtype.itemsize * len(parts))
@@ -423,7 +418,7 @@ def _(m, to, place, name):
         m.write(part, memory.load(m, places + i * dtype.itemsize, dtype))
 
 
-@special(r"st\.(global|shared)(?:::cta)?(?:\.v[24])?\.([bsu]\d+)")
+@partial(SPECIAL.setdefault, r"st\.(global|shared)(?:::cta)?(?:\.v[24])?\.([bsu]\d+)")
 def _(m, place, values, name):
     width, parts = TYPES[name[2]].itemsize, several(values)
     memory, places = m.find(name[1], m.address(place), width * len(parts))
@@ -431,7 +426,7 @@ def _(m, place, values, name):
         memory.store(m, places + i * width, np.broadcast_to(m.value(part, name[2]), len(m.threads)))
 
 
-@special(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124]\.shared\.b16")
+@partial(SPECIAL.setdefault, r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124]\.shared\.b16")
 def _(m, *operands, name):
     """Lane 8 k + i has the address of row i of matrix k, of eight halves, and lane l two of them of row l // 4."""
     place, parts = operands if name[1] == "st" else operands[::-1]
@@ -444,7 +439,7 @@ def _(m, *operands, name):
             m.write(part, memory.load(m, places, TYPES["b32"]))
 
 
-@special(r"shfl\.sync\.(bfly|idx)\.b32")
+@partial(SPECIAL.setdefault, r"shfl\.sync\.(bfly|idx)\.b32")
 def _(m, to, value, lane, clamp, members, name):
     if (clamp, members) != ("31", "-1"):
         raise Fault("a shuffle of a part of a warp")
@@ -453,7 +448,7 @@ def _(m, to, value, lane, clamp, members, name):
     m.write(to, np.take_along_axis(m.by_warps(m.value(value, "b32")), lanes & 31, 1).reshape(-1))
 
 
-@special(r"redux\.sync\.(?:add\.(s32)|max\.(f32))")
+@partial(SPECIAL.setdefault, r"redux\.sync\.(?:add\.(s32)|max\.(f32))")
 def _(m, to, value, members, name):
     if (m.value(members, "s32") != -1).any():
         raise Fault("a reduction of a part of a warp")
@@ -461,9 +456,9 @@ def _(m, to, value, members, name):
     m.write(to, (np.add if name[1] else np.fmax).reduce(warps, axis=1, dtype=warps.dtype).repeat(32))
 
 
-@special(r"bar\.sync")
+@partial(SPECIAL.setdefault, r"bar\.(warp\.)?sync")
 def _(m, barrier, name):
-    if barrier != "0":
+    if barrier != ("-1" if name[1] else "0") or (name[1] and m.block > 32):
         raise Fault("a barrier of other threads than all")
     m.synchronize()
 
