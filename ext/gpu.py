@@ -14,6 +14,8 @@ equal blocks one after the other cost the loss up to 93 ulp. Nothing here waits 
 programs are scheduled: the same bits in every run. Everything is float32.
 """
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["backward", "forward", "gradient_like", "rows_like", "warps"]
+__all__ = ["backward", "forward", "gradient_like", "rows_like", "serves", "warps"]
 
 # Triton compares each global of a kernel before each launch, which took a quarter of it: numbers are written out here.
 # 1.4426950408889634 is log2 e, and 177 / 256 + 0.0017409305599452862 is ln 2: of eight bits, so that its multiples are
@@ -425,11 +427,31 @@ def _backward(
         _store(gradient, value, first, to, exists, samples, C, ROW, BC, V)
 
 
+@triton.jit
+def _trial(place):
+    tl.store(place, 1.0)
+
+
 # Logits of a program, 32 a thread (16 with smoothing, which has more to keep in registers); longer rows are read block
 # by block. A program that forms the gradient in the forward pass reads its row twice: it is larger, for fewer rows to
 # be under way at a time, and the L2 cache to hold them until then.
 _BLOCK, _LARGE_BLOCK, _ONE_PROGRAM = 4096, 8192, 16384
 _ENOUGH_PROGRAMS = 256  # about two for each multiprocessor
+
+
+@cache
+def serves(device: torch.device) -> bool:
+    """Whether kernels run there, which wants more than an import: Triton compiles a launcher, with a C compiler."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        with torch.cuda.device(device):
+            _trial[(1,)](torch.empty(1, device=device))
+    except Exception as error:
+        message = f"Triton cannot run the loss's kernels on {device}, so torch's own operations do: {error!r}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def forward(

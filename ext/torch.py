@@ -316,7 +316,11 @@ def _on_gpu(input: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton_serves(device: torch.device) -> bool:
-    return _has_triton() and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not _has_triton():
+        return False
+    from . import gpu
+
+    return gpu.serves(device)
 
 
 @cache
@@ -440,6 +444,7 @@ class _Kernel(torch.autograd.Function):
         gradient_in_forward: bool,
     ) -> tuple[Tensor, ...]:
         ctx.options, ctx.formed = options, None
+        ctx.set_materialize_grads(False)  # the statistics have none
         left: list[Any]
         if _on_gpu(input):
             if gradient_in_forward and options[1] != "none" and not options[2] and not _is_recorded():

@@ -4,6 +4,7 @@ Without a GPU an emulator runs what is compiled for one, and machine code is com
 """
 
 import collections
+import contextlib
 import importlib.util
 import io
 import re
@@ -29,6 +30,8 @@ from lace_loss.ref.__main__ import in_torch
 from lace_loss.ref.check import VECTORS, read, run
 
 triton = pytest.importorskip("triton", reason="no Triton on this machine")
+from machines import emulated  # noqa: E402
+
 from lace_loss.ext import gpu  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -132,6 +135,22 @@ def test_a_launch_compares_no_globals(launched):
     device, _ = launched
     lace_loss(torch.randn(2, 3, device=device, requires_grad=True), torch.tensor([0, 1], device=device)).backward()
     assert gpu._forward.used_global_vals == gpu._backward.used_global_vals == {}
+
+
+def test_the_statistics_of_a_step_cost_its_backward_pass_nothing(launched):
+    """Autograd would fill three tensors with zeros, their gradients, in kernels of their own."""
+    device, _ = launched
+    input = torch.randn(4, 5, device=device, requires_grad=True)
+    for statistics in (False, True):
+        input.grad = None
+        loss = lace_loss(input, torch.tensor([0, 4, 2, 1], device=device), statistics=statistics)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            (loss[0] if statistics else loss).backward()
+        operations = [event.name for event in profile.events() if event.name.startswith("aten::")]
+        if not statistics:
+            without = operations
+    assert "aten::ones_like" in without
+    assert sorted(operations) == sorted(without)
 
 
 def test_every_option_agrees_with_the_reference(launched):
@@ -250,10 +269,24 @@ def test_the_kernels_serve_float32_and_half_logits_with_class_indices(given, ser
         assert not lace_torch._kernel_applies(dual, given["target"], given["weight"])
 
 
-def test_triton_serves_from_compute_capability_8_on(monkeypatch):
-    for capability, serves in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
-        assert lace_torch._triton_serves(torch.device("cuda")) == serves
+def test_triton_serves_from_compute_capability_8_on_if_it_can_launch_a_kernel(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(gpu, "serves", gpu.serves.__wrapped__)
+    with emulated.active(emulated.Driver()):
+        for capability, serves in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+            assert gpu.serves(device) == serves
+
+        def no_compiler(*_):
+            raise RuntimeError("Failed to find C compiler")
+
+        monkeypatch.setattr(emulated.Driver, "run", no_compiler)
+        with pytest.warns(RuntimeWarning, match="cannot run the loss's kernels on cpu.*Failed to find C compiler"):
+            assert not gpu.serves(device)
+    for serves in (False, True):
+        monkeypatch.setattr(gpu, "serves", lambda device, serves=serves: serves)
+        assert lace_torch._triton_serves(device) == serves
     monkeypatch.delattr(ext, "gpu")
     monkeypatch.setitem(sys.modules, "lace_loss.ext.gpu", None)  # an import that fails
     assert not lace_torch._has_triton.__wrapped__()

@@ -13,7 +13,6 @@ from lace_loss.ext import torch as lace_torch
 
 from . import ptx
 
-
 # Compilers and others that record what runs call it for tensors of the CPU, too.
 lace_torch._registered_backward.register_kernel("cpu")(lace_torch._backward)
 
