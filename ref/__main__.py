@@ -1,8 +1,9 @@
 """Certify implementations of LACE against the golden vectors.
 
     python -m lace_loss.ref                     every implementation installed here, in one table
-    python -m lace_loss.ref check MODULE:FN     a port in Python: FN(logits, target, **options) -> (loss, gradient);
-                                                MODULE may be a file's path
+    python -m lace_loss.ref check MODULE:FN     a port in Python; MODULE may be a file's path
+    python -m lace_loss.ref check --torch MODULE:NAME
+                                                a loss with PyTorch's signature, and its autograd gradient
     python -m lace_loss.ref check --command CMD a port in anything (the protocol is in ref/vectors/README.md)
     python -m lace_loss.ref peers               what people use today, where installed, in a Markdown table
 
@@ -12,21 +13,40 @@ Exit status: 0 if all hold, 1 if a value is wrong, 2 if an answer or the vectors
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from .case import FORMATS, HALF_LEVELS, LEVELS, VECTORS, Case, VectorError, read
+from .check import PortError, Result, answers_of, judge, run
+from .installed import installed
+from .peers import MARGINS, compare
+from .verdict import causes, explain, grade, indented, lines_of, margins, unsupported, worst
 
-from . import loss as definition
-from .case import FORMATS, HALF_LEVELS, LEVELS, VECTORS, Answer, Case, VectorError, read
-from .check import Implementation, PortError, Result, answers_of, explain, judge, python_port, run
-from .peers import compare
+# What a port gets.
+CALLED = """
+MODULE:FN is called as FN(logits, target, **options) and returns (loss, gradient).
+It gets NumPy arrays: logits (C,), (N, C) or (N, C, d1, ...) in float64, float32 or
+float16 (bfloat16 values come as float32); target, int64 class indices, or
+probabilities of the logits' shape and type. The options are always reduction
+("none", "mean" or "sum"), and where the case has them weight (C values),
+ignore_index, label_smoothing, strength and grad_output: numbers that multiply the
+gradient, one a sample for "none", else one. An index that is no class must raise an
+error, or give NaN. Where FN takes no such option, or raises NotImplementedError, the
+verdict says "not supported", which is no pass.
 
-FAILURES_SHOWN = 5
+--torch MODULE:NAME names a class, constructed with the options and called as
+loss(input, target), or a function called as NAME(input, target, **options), on
+tensors in the file's type; grad_output goes into autograd. A lone row is given as a
+batch of one, but at the level layout.
+
+A grade: "exact" is within the vectors' tolerances; "plain" within what an
+implementation without compensation loses with the margin; "flushed" means that
+subnormal numbers were taken for 0. The exit status asks for exact, unless --plain
+or --flushed allow more.
+"""
 
 
 def vectors(folder: Path, dtypes: list[str], levels: list[str]) -> dict[str, list[Case]]:
@@ -37,118 +57,37 @@ def vectors(folder: Path, dtypes: list[str], levels: list[str]) -> dict[str, lis
     return {name: read(folder / name) for name in names}
 
 
-def by_reference(case: Case) -> Answer:
-    options = case.options
-    g = 1.0 if case.grad_output is None else case.grad_output
-    try:
-        if case.level == "second":
-            return {"product": definition.hessian_vector_product(case.logits, case.target, case.vector, g, **options)}
-        return {
-            "loss": np.asarray(definition.forward(case.logits, case.target, **options)),
-            "gradient": definition.backward(case.logits, case.target, g, **options),
-        }
-    except IndexError:
-        return None
-
-
-def in_torch(function: Any, dtype: str, device: str) -> Implementation:
-    """`function(input, target, weight, **options)` of torch, with autograd's gradient and its gradient."""
-    import torch
-
-    kind = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]
-
-    def tensor(values: Any) -> Any:
-        values = torch.from_numpy(np.ascontiguousarray(values)).to(device)
-        return values.to(kind) if values.is_floating_point() else values
-
-    def answer(case: Case) -> Answer:
-        options = case.options
-        weight = options.pop("weight", None)
-        weight = None if weight is None else tensor(weight)
-        input = tensor(case.logits).reshape(case.shape).requires_grad_()
-        try:
-            loss = function(input, tensor(case.target).reshape(case.target.shape), weight, **options)
-        except IndexError:
-            return None
-        g = torch.ones_like(loss) if case.grad_output is None else tensor(case.grad_output).reshape(loss.shape)
-        (gradient,) = torch.autograd.grad(loss, input, g, create_graph=case.level == "second")
-        found = {"loss": loss, "gradient": gradient}
-        if case.level == "second":
-            (found["product"],) = torch.autograd.grad(gradient, input, tensor(case.vector).reshape(case.shape))
-        return {key: value.detach().double().cpu().numpy() for key, value in found.items()}
-
-    return answer
-
-
-def installed() -> Iterator[tuple[str, str, list[str], float, Implementation | str]]:
-    """Name, dtype, levels, whether plain tolerances apply or how many times the others, and the implementation or why
-    it cannot run.
-    """
-    first = [level for level in LEVELS if level != "second"]
-    yield "ref", "f64", list(LEVELS), False, by_reference
-    try:
-        from lace_loss import ext
-    except ImportError as error:
-        yield "ext", "", [], False, str(error)
-    else:
-        yield "ext", "f64", first, False, python_port(ext.forward_backward)
-        yield "ext", "f32", first, False, python_port(ext.forward_backward)
-    try:
-        import torch
-
-        from lace_loss.ext import torch as lace
-    except ImportError as error:
-        yield "torch", "", [], False, str(error)
-        return
-
-    def composite(input: Any, target: Any, weight: Any, **options: Any) -> Any:
-        given: dict[str, Any] = {
-            "ignore_index": -100,
-            "reduction": "mean",
-            "label_smoothing": 0.0,
-            "strength": 1.0,
-        } | options
-        if target.shape != input.shape:
-            lace.check_target(target, input.shape[lace._class_axis(input)], given["ignore_index"])
-        return lace._composite(input, target, weight, **given).to(input.dtype)
-
-    for dtype in ("f64", "f32", "f16", "bf16"):
-        yield "torch CPU", dtype, first, False, in_torch(lace.lace_loss, dtype, "cpu")
-    for dtype in ("f64", "f32", "f16", "bf16"):
-        yield "composite", dtype, list(LEVELS), True, in_torch(composite, dtype, "cpu")
-    if torch.cuda.is_available():
-        # 16 ulp of float32; halves are rounded once, and float64 takes the composite form.
-        for dtype, plain in (("f64", True), ("f32", 4), ("f16", False), ("bf16", False)):
-            yield "torch CUDA", dtype, first, plain, in_torch(lace.lace_loss, dtype, "cuda")
-        for dtype in ("f64", "f32", "f16", "bf16"):
-            yield "composite CUDA", dtype, list(LEVELS), True, in_torch(composite, dtype, "cuda")
-    else:
-        yield "torch CUDA", "", [], True, "torch sees no CUDA device"
-
-
-def cross_validate(folder: Path) -> int:
-    """Print category x implementation: the worst error of loss, gradient and product in ulp."""
-    columns: dict[str, dict[str, list[Result]]] = {}
+def cross_validate(folder: Path, full: bool = False) -> int:
+    """Print a row for each implementation, or a table of the worst errors of each category."""
+    columns: dict[str, list[Result]] = {}
     not_run: list[str] = []
     for name, dtype, levels, plain, implementation in installed():
         if isinstance(implementation, str):
             not_run.append(f"{name}: not run, {implementation}")
             continue
-        results = [
-            result
-            for cases in vectors(folder, [dtype], levels).values()
-            for result in run(implementation, cases, plain)
-        ]
-        columns[f"{name} {dtype}"] = by_category(results)
-    table(columns)
+        files = vectors(folder, [dtype], levels).values()
+        columns[f"{name} {dtype}"] = [result for cases in files for result in run(implementation, cases, plain)]
+    if full:
+        table({name: by_category(results) for name, results in columns.items()})
+    else:
+        rows(columns)
     for line in not_run:
         print(line)
-    failed = [(name, r) for name, found in columns.items() for rs in found.values() for r in rs if not r.holds]
-    for name, result in failed[:FAILURES_SHOWN]:
-        print(f"\n{name}: {explain(result)}")
-    cases = sum(len(results) for found in columns.values() for results in found.values())
-    print(f"\n{cases} cases, {len(failed)} failed")
+    failed = [(name, result) for name, results in columns.items() for result in results if not result.holds]
+    for name, results in columns.items():
+        if wrong := [result for result in results if not result.holds]:
+            say_why(f"\n{name}: ", results, wrong)
+    print(f"\n{sum(map(len, columns.values()))} cases, {len(failed)} failed")
     return 1 if failed else 0
+
+
+def rows(columns: dict[str, list[Result]]) -> None:
+    print("Grade, cases, worst error in ulp of loss / gradient / product and its category.\n")
+    for name, results in columns.items():
+        most = max(results, key=lambda result: max(result.errors.values(), default=0.0))
+        failed = sum(not result.holds for result in results)
+        verdict = f"{failed} wrong" if failed else grade(results) or "in bounds"
+        print(f"{name:<19} {verdict:<9} {len(results):>5}  {worst(results):<22} {most.case.category}")
 
 
 def by_category(results: list[Result]) -> dict[str, list[Result]]:
@@ -172,38 +111,66 @@ def table(columns: dict[str, dict[str, list[Result]]]) -> None:
 def cell(results: list[Result]) -> str:
     if not results:
         return "-"
-    worst = [
-        max((r.errors[q] for r in results if q in r.errors), default=None) for q in ("loss", "gradient", "product")
-    ]
-    numbers = " / ".join("-" if error is None else f"{error:.2g}" for error in worst)
-    return numbers if all(r.holds for r in results) else f"{numbers} x"
+    return worst(results) if all(r.holds for r in results) else f"{worst(results)} x"
+
+
+def say_why(name: str, results: list[Result], wrong: list[Result]) -> None:
+    """Print the likely causes, each with the case that shows it best, or a case where no cause is found."""
+    found = causes(results)
+    for cause in found:
+        sentence = f"{name}likely cause of {cause.votes} of {cause.wrong} wrong cases: {cause.sentence}"
+        print(sentence, explain(cause.shown), sep="\n")
+    if not found:
+        shown = min(wrong, key=lambda result: len(result.case.question))
+        print(
+            f"{name}no known mistake explains most of the wrong cases; the shortest of them:", explain(shown), sep="\n"
+        )
 
 
 def check(args: argparse.Namespace) -> int:
-    """Certify one port: print each level's result and the first failures."""
-    if (args.port is None) == (args.command is None):
-        raise PortError("give either MODULE:FN or --command")
-    levels = [level for level in args.levels if level != "second" or args.product or args.port is None]
-    if len(levels) < len(args.levels):
-        print("second: not checked, it needs --product")
-    failed = 0
+    """Certify one port: print each level's verdict, then the likely cause of what is wrong."""
+    if [args.port, args.command, args.torch].count(None) != 2:
+        raise PortError("give either MODULE:FN, --torch MODULE:NAME or --command")
+    if args.product and not args.port:
+        raise PortError("--product goes with MODULE:FN")
+    levels = args.levels or [level for level in LEVELS if level != "second" or args.product or args.command]
+    if "second" in levels and args.port and not args.product:
+        raise PortError("the level second needs --product")
+    in_words = [name for name in (args.port, args.product) if name] or ["--torch", args.torch]
+    port: str | list[str] = in_words if args.command is None else args.command
     files = vectors(args.vectors, args.dtypes, levels)
     # A program is started for each file, a port in Python is imported once for all.
     in_python = None
     if args.command is None:
-        functions = [args.port] if args.product is None else [args.port, args.product]
-        in_python = answers_of(functions, [case for cases in files.values() for case in cases], args.timeout)
-    for name, cases in files.items():
-        answers = list(islice(in_python, len(cases)) if in_python else answers_of(args.command, cases, args.timeout))
-        results = [judge(case, answer, args.plain, args.flushed) for case, answer in zip(cases, answers, strict=True)]
-        wrong = [result for result in results if not result.holds]
-        for result in wrong[: max(0, FAILURES_SHOWN - failed)]:
-            print(explain(result))
-        failed += len(wrong)
-        print(f"{name:<18} {len(cases):>4} cases, {len(wrong)} failed; worst ulp {cell(results)}")
-    if in_python:
-        next(in_python, None)  # raises where it does not end well
-    return 1 if failed else 0
+        in_python = answers_of(port, [case for cases in files.values() for case in cases], args.timeout)
+    results: dict[str, list[Result]] = {}
+    problem = None  # what ended the answers
+    try:
+        for name, cases in files.items():
+            answers = list(islice(in_python, len(cases)) if in_python else answers_of(port, cases, args.timeout))
+            pairs = zip(cases, answers, strict=True)
+            results[name] = [judge(case, answer, args.plain, args.flushed) for case, answer in pairs]
+            print(*lines_of(name, results[name]), sep="\n", flush=True)
+        if in_python:
+            next(in_python, None)  # raises where it does not end well
+    except PortError as error:
+        problem = error
+    every = [result for found in results.values() for result in found]
+    missing = unsupported(every)
+    failed = [result for result in every if not result.holds and result not in missing]
+    confident = {result.case.dtype for result in failed if result.case.category == "q-to-1"}
+    for level in [level for level in ("gradient", "core") if level in levels][:1]:
+        for dtype in [dtype for dtype in MARGINS if dtype in confident]:
+            print(margins(port, dtype, level, args.timeout))
+    if failed:
+        say_why("", every, failed)
+        if grade([result for result in every if result not in missing]) and not (args.plain or args.flushed):
+            print("Not exact: exit status 1. With --plain, or --flushed, such a grade is enough.")
+    if missing:
+        print(indented(f"{len(missing)} cases were not checked: what they ask for is not supported."))
+    if problem:
+        raise problem
+    return 1 if failed else 2 if missing else 0
 
 
 def seconds(word: str) -> float:
@@ -218,18 +185,23 @@ def seconds(word: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
-        "python -m lace_loss.ref", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m lace_loss.ref", description=__doc__, formatter_class=raw, allow_abbrev=False
     )
     top.add_argument(
         "--vectors", type=Path, default=VECTORS, help="folder of golden vectors; default: the shipped ones"
     )
+    top.add_argument("--full", action="store_true", help="the worst errors of every category")
     commands = top.add_subparsers(dest="what")
-    port = commands.add_parser("check", help="certify a port")
+    port = commands.add_parser(
+        "check", help="certify a port", description=CALLED, formatter_class=raw, allow_abbrev=False
+    )
     port.add_argument("port", nargs="?", metavar="MODULE:FN", help="FN(logits, target, **options) -> (loss, gradient)")
+    port.add_argument("--torch", metavar="MODULE:NAME", help="a class or function with PyTorch's signature")
     port.add_argument("--command", help="a program that reads cases on standard input")
     port.add_argument("--product", metavar="MODULE:FN", help="FN(logits, target, vector, **options) -> Hessian product")
-    port.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="default: all")
+    port.add_argument("--levels", nargs="+", choices=LEVELS, help="default: all, but second where nothing gives it")
     port.add_argument("--dtypes", nargs="+", choices=list(FORMATS), default=["f64", "f32"], help="default: f64 f32")
     port.add_argument("--plain", action="store_true", help="allow what a plain implementation loses with the margin")
     port.add_argument(
@@ -238,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
     port.add_argument(
         "--timeout", type=seconds, default=60, help="seconds until the next answer, or the end; default %(default)s"
     )
-    commands.add_parser("peers", help="compare with what people use today")
+    commands.add_parser("peers", help="compare with what people use today", allow_abbrev=False)
     return top
 
 
@@ -247,7 +219,9 @@ def main(arguments: list[str]) -> int:
     try:
         if args.what == "peers":
             return compare(args.vectors)
-        return check(args) if args.what == "check" else cross_validate(args.vectors)
+        return check(args) if args.what == "check" else cross_validate(args.vectors, args.full)
+    except BrokenPipeError:
+        raise
     except (VectorError, PortError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -256,4 +230,10 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     # Who ends the checker ends the port, too, which is in a session of its own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 2
+    sys.exit(status)

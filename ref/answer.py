@@ -1,7 +1,7 @@
-"""Answer cases on standard input by functions in Python: python -m lace_loss.ref.answer MODULE:FN [MODULE:FN]
+"""Answer cases on standard input by functions in Python: python -m lace_loss.ref.answer [--torch] MODULE:FN [MODULE:FN]
 
 The checker starts it and asks it as it asks any program, so that nothing a port does to its process may look like a
-pass. The second function gives the products.
+pass. The second function gives the products. With --torch the function, or class, has PyTorch's signature.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .case import Case
-from .check import PortError, asked_values, call
+from .case import Answer, Case, Unsupported
+from .check import Implementation, PortError, call, taken
+from .installed import in_torch
 
 
 def imported(name: str) -> Callable[..., Any]:
@@ -59,12 +60,38 @@ def asked(lines: Iterable[str]) -> Iterator[Case]:
             yield Case("", dtype, level, int(words["case"][0]), words["case"][1], words, "")
 
 
-def lines_for(case: Case, *functions: Callable[..., Any]) -> list[str]:
+def of_torch(loss: Any) -> Implementation:
+    """A class that is constructed with the options, or a function that takes them, called on tensors.
+
+    Many take (N, C) alone: the one row of a case is a batch of one, but at the level layout, which asks for (C,).
+    """
+
+    def answer(case: Case) -> Answer:
+        alone = len(case.shape) == 1 and case.level != "layout"
+
+        def losses(input: Any, target: Any, weight: Any, **options: Any) -> Any:
+            options = taken(loss, options | ({} if weight is None else {"weight": weight}), case)
+            if alone:
+                input, target = input[None], target[None]
+            found = loss(**options)(input, target) if isinstance(loss, type) else loss(input, target, **options)
+            return found.reshape(case.shape_of("loss")) if alone else found
+
+        found = in_torch(losses, case.dtype, "cpu")(case)
+        assert not isinstance(found, Unsupported)
+        return found
+
+    return answer
+
+
+def lines_for(case: Case, answer: Implementation) -> list[str]:
     try:
-        found = call(case, *functions)
+        found = answer(case)
+        assert isinstance(found, dict)
+        return [" ".join([key, *map(pattern, case.compared(key, found[key]))]) for key in case.asked]
+    except (Unsupported, NotImplementedError) as error:
+        return [" ".join(f"unsupported {error}".split())]
     except Exception as error:
         return [" ".join(f"error {type(error).__name__}: {error}".split())]
-    return [" ".join([key, *map(pattern, asked_values(case, key, found[key]))]) for key in case.asked]
 
 
 def pattern(value: np.float64) -> str:
@@ -77,10 +104,11 @@ def main(names: list[str]) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    functions = [imported(name) for name in names]
+    functions = [imported(name) for name in names if name != "--torch"]
+    answer = of_torch(functions[0]) if names[0] == "--torch" else lambda case: call(case, *functions)
     print("imported", "end", sep="\n", file=answers, flush=True)
     for case in asked(questions):
-        print(f"case {case.number}", *lines_for(case, *functions), "end", sep="\n", file=answers, flush=True)
+        print(f"case {case.number}", *lines_for(case, answer), "end", sep="\n", file=answers, flush=True)
 
 
 def end(status: int, sentence: str = "") -> NoReturn:

@@ -17,6 +17,11 @@ Array = NDArray[Any]
 # The values that a case asks for, or None where an index is refused.
 Answer = dict[str, Array] | None
 
+
+class Unsupported(Exception):
+    """The option, or whatever else a case asks for, that an implementation does not know."""
+
+
 VECTORS = Path(__file__).parent / "vectors"
 LEVELS = ("core", "gradient", "batch", "layout", "second", "large", "rows")
 HALF_LEVELS = ("core", "gradient", "batch", "rows")  # those of f16 and bf16
@@ -144,6 +149,19 @@ class Case:
         """How many values of a quantity are asked for."""
         at = "at" in self.words and quantity == "gradient"
         return len(self.words["at"]) if at else math.prod(self.shape_of(quantity))
+
+    def compared(self, quantity: str, values: Any) -> Array:
+        """Those values of an answer that are compared, in float64 and in C order. Raises ValueError."""
+        got = np.asarray(values)
+        if got.dtype.kind != "f":
+            raise ValueError(f"{quantity} must be floating, got {got.dtype}")
+        at = self.integers("at") if quantity == "gradient" and "at" in self.words else None
+        shape = self.shape_of(quantity)
+        if got.shape != shape and not (at is not None and got.shape == at.shape):
+            raise ValueError(f"{quantity} must have shape {shape}, got {got.shape}")
+        with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN
+            flat = got.astype(np.float64).reshape(-1)
+        return flat if at is None or got.shape == at.shape else flat[at]
 
     def integers(self, key: str) -> Array:
         return np.array([int(word) for word in self.words[key]], np.int64)

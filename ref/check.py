@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from .case import EXPECTED, FORMATS, Answer, Array
-from .case import VECTORS as VECTORS
-from .case import Case as Case
-from .case import read as read
-from .mistakes import likely_cause
+from .case import EXPECTED, FORMATS, Answer, Array, Case, Unsupported
 from .program import Program, ProgramError
 
 # A port in Python is imported in this time. Frameworks need some of it.
@@ -32,53 +30,62 @@ class Result:
 
     case: Case
     errors: dict[str, float]
+    off: float  # in tolerances, the worst value
+    off_if_flushed: float  # without those that are lost where subnormal numbers are taken for 0
     holds: bool
-    answer: Answer
+    answer: Answer | Unsupported
+
+    def within(self, plain: float, flushed: bool = False) -> bool:
+        """Whether it holds if `plain` allows what a plain implementation loses (True), or so many times the tolerance;
+        and `flushed` twice the smallest normal number: once in the result and in a term.
+        """
+        factor = float(self.case.words.get("plain", ["1"])[0]) if plain is True else max(1.0, plain)
+        return (self.off_if_flushed if flushed else self.off) <= factor
 
 
-def judge(case: Case, answer: Answer, plain: float, flushed: bool = False) -> Result:
-    """Compare an answer with the expected values. Raises PortError.
-
-    `plain` allows what a plain implementation loses (True), or so many times the tolerance; `flushed` twice the
-    smallest normal number, which is lost where subnormal numbers are taken for 0: once in the result and in a term.
-    """
-    if case.refused:
-        return Result(case, {}, answer is None or refuses(case, answer), answer)
-    if answer is None:
+def judge(case: Case, answer: Answer | Unsupported, plain: float = False, flushed: bool = False) -> Result:
+    """Compare an answer with the expected values. Raises PortError."""
+    errors, off, off_if_flushed = {}, 0.0, 0.0
+    if isinstance(answer, Unsupported):
+        off = off_if_flushed = np.inf
+    elif case.refused:
+        off = off_if_flushed = 0.0 if answer is None or refuses(case, answer) else np.inf
+    elif answer is None:
         raise PortError(f"{case}: refused, but every index is a class")
-    factor = float(case.words.get("plain", ["1"])[0]) if plain is True else max(1.0, plain)
-    lost = 2 * FORMATS[case.dtype].smallest_normal * case.largest_factor if flushed else 0.0
-    errors, holds = {}, True
-    for quantity in case.asked:
-        try:
-            flat = asked_values(case, quantity, answer[quantity])
-        except ValueError as error:
-            raise PortError(f"{case}: {error}") from error
-        flat = np.where(np.abs(flat) > FORMATS[case.dtype].largest, np.copysign(np.inf, flat), flat)
-        wanted = case.values(quantity).astype(np.float64)
-        tolerance = case.values(f"{quantity}-tolerance").astype(np.float64)
+    else:
+        for quantity in case.asked:
+            try:
+                errors[quantity], *offs = measured(case, quantity, answer[quantity])
+            except ValueError as error:
+                raise PortError(f"{case}: {error}") from error
+            off, off_if_flushed = max(off, offs[0]), max(off_if_flushed, offs[1])
+    result = Result(case, errors, off, off_if_flushed, False, answer)
+    return replace(result, holds=result.within(plain, flushed))
+
+
+def measured(case: Case, quantity: str, values: Any) -> tuple[float, float, float]:
+    """Largest error in ulp and in tolerances; the latter also without what is lost where subnormal numbers are 0."""
+    format = FORMATS[case.dtype]
+    flat = case.compared(quantity, values)
+    wanted, tolerance = (case.values(key).astype(np.float64) for key in (quantity, f"{quantity}-tolerance"))
+    with np.errstate(all="ignore"):
+        # What is rounded to infinity in the file's type is infinite in a wider type, too.
+        flat = np.where(
+            np.abs(flat) >= format.largest + format.ulp(np.array(format.largest)) / 2, np.copysign(np.inf, flat), flat
+        )
         finite = np.isfinite(wanted)
-        with np.errstate(all="ignore"):
-            same = (flat == wanted) | (np.isnan(flat) & np.isnan(wanted))
-            off = np.where(same, 0.0, np.where(finite & np.isfinite(flat), np.abs(flat - wanted), np.inf))
-            # Where terms cancel, an ulp is that of their sum, which the tolerance is 32 or more of.
-            unit = np.maximum(FORMATS[case.dtype].ulp(wanted), np.where(finite, tolerance, 0.0) / 32)
-            errors[quantity] = float(np.max(off / unit, initial=0.0))
-            holds = holds and bool(np.all(off <= np.where(tolerance > 0, np.maximum(factor * tolerance, lost), 0)))
-    return Result(case, errors, holds, answer)
+        same = (flat == wanted) | (np.isnan(flat) & np.isnan(wanted))
+        off = np.where(same, 0.0, np.where(finite & np.isfinite(flat), np.abs(flat - wanted), np.inf))
+        # Where terms cancel, an ulp is that of their sum, which the tolerance is 32 or more of.
+        unit = np.maximum(format.ulp(wanted), np.where(finite, tolerance, 0.0) / 32)
+        in_tolerances = np.where(off == 0, 0.0, off / tolerance)
+        lost = (off <= 2 * format.smallest_normal * case.largest_factor) & (tolerance > 0)
+    off_if_flushed = np.where(lost, 0.0, in_tolerances)
+    return largest(off / unit), largest(in_tolerances), largest(off_if_flushed)
 
 
-def asked_values(case: Case, quantity: str, values: Any) -> Array:
-    """Those values of an answer that are compared, in float64 and in C order. Raises ValueError."""
-    got = np.asarray(values)
-    if got.dtype.kind != "f":
-        raise ValueError(f"{quantity} must be floating, got {got.dtype}")
-    at = case.integers("at") if quantity == "gradient" and "at" in case.words else None
-    shape = case.shape_of(quantity)
-    if got.shape != shape and not (at is not None and got.shape == at.shape):
-        raise ValueError(f"{quantity} must have shape {shape}, got {got.shape}")
-    flat = got.astype(np.float64).reshape(-1)
-    return flat if at is None or got.shape == at.shape else flat[at]
+def largest(values: Array) -> float:
+    return float(np.max(values, initial=0.0))
 
 
 def refuses(case: Case, answer: dict[str, Array]) -> bool:
@@ -87,28 +94,7 @@ def refuses(case: Case, answer: dict[str, Array]) -> bool:
     return bool(np.all(np.isnan(loss) == (case.is_bad if loss.shape == case.samples else True)))
 
 
-def explain(result: Result) -> str:
-    """Inputs, expected and computed values of a case that fails, and the likely cause."""
-    case, answer = result.case, result.answer
-    lines = [f"FAILED {case}"]
-    lines += [f"    {line[:200]}" for line in case.question.split("\n")[1:-1]]
-    for quantity in () if case.refused else case.asked:
-        assert answer is not None
-        expected = case.values(quantity)
-        lines += [f"    {quantity} expected {brief(expected)}", f"    {quantity} computed {brief(answer[quantity])}"]
-        lines += [f"    {quantity} is off by {result.errors[quantity]:.3g} ulp"]
-    if case.refused:
-        lines += ["    expected an error, or NaN for the row whose index is out of range"]
-    if cause := likely_cause(case, answer):
-        lines += [f"    likely cause: {cause}"]
-    return "\n".join(lines)
-
-
-def brief(values: Array) -> str:
-    return np.array2string(np.ravel(values), precision=9, threshold=12, edgeitems=4, max_line_width=160)
-
-
-Implementation = Callable[[Case], Answer]
+Implementation = Callable[[Case], Answer | Unsupported]
 
 
 def run(implementation: Implementation, cases: list[Case], plain: float = False, flushed: bool = False) -> list[Result]:
@@ -122,6 +108,7 @@ def call(case: Case, function: Callable[..., Any], product: Callable[..., Any] |
         logits = logits.astype(np.float16)
     if case.grad_output is not None:
         options["grad_output"] = case.grad_output
+    options = taken(product if case.level == "second" else function, options, case)
     if case.level == "second":
         assert product is not None
         return {"product": np.asarray(product(logits, target, case.vector, **options))}
@@ -129,12 +116,34 @@ def call(case: Case, function: Callable[..., Any], product: Callable[..., Any] |
     return {"loss": np.asarray(loss), "gradient": np.asarray(gradient)}
 
 
+def taken(function: Callable[..., Any] | None, given: dict[str, Any], case: Case) -> dict[str, Any]:
+    """Those options that a function has to be given. Raises Unsupported for one that it does not take.
+
+    Without `reduction` it is given what its mean is right for: a mean, and one sample without weights.
+    """
+    assert function is not None
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a function in C may not say
+        return given
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return given
+    missing = given.keys() - {parameter.name for parameter in parameters}
+    if given["reduction"] == "mean" or (math.prod(case.samples) == 1 and "weight" not in given):
+        missing = missing - {"reduction"}
+    if missing:
+        raise Unsupported(", ".join(sorted(missing)))
+    return {key: value for key, value in given.items() if key in {parameter.name for parameter in parameters}}
+
+
 def python_port(function: Callable[..., Any]) -> Implementation:
     """An implementation of ours. A stranger's has a process of its own: see `answers_of`."""
 
-    def answer(case: Case) -> Answer:
+    def answer(case: Case) -> Answer | Unsupported:
         try:
             return call(case, function)
+        except Unsupported as error:
+            return error
         except Exception as error:
             if case.refused:
                 return None
@@ -143,8 +152,9 @@ def python_port(function: Callable[..., Any]) -> Implementation:
     return answer
 
 
-def answers_of(port: str | list[str], cases: list[Case], seconds: float) -> Iterator[Answer]:
-    """Answers to the cases, in their order, of a command, or of the functions in Python that a list names.
+def answers_of(port: str | list[str], cases: list[Case], seconds: float) -> Iterator[Answer | Unsupported]:
+    """Answers to the cases, in their order, of a command, or of the functions in Python that a list names: the
+    arguments of `answer.py`.
 
     Each answer, and the end after the last, may take so many seconds. Raises PortError.
     """
@@ -159,8 +169,8 @@ def answers_of(port: str | list[str], cases: list[Case], seconds: float) -> Iter
     # A port in Python is looked for where this process would look.
     environment = None if command is port else os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with Program(command, text, most, environment) as program:
-        if isinstance(port, list) and not next_block(program, IMPORT_SECONDS, port[0], "end of its import"):
-            raise PortError(f"{port[0]}: its import ended the process")
+        if isinstance(port, list) and not next_block(program, IMPORT_SECONDS, port[-1], "end of its import"):
+            raise PortError(f"{port[-1]}: its import ended the process")
         for case in cases:
             block = next_block(program, seconds, str(case), "answer")
             if block is None:
@@ -184,7 +194,7 @@ def next_block(program: Program, seconds: float, place: str, awaited: str) -> li
         raise PortError(f"{place}: {error}") from error
 
 
-def decoded(case: Case, block: list[str]) -> Answer:
+def decoded(case: Case, block: list[str]) -> Answer | Unsupported:
     """The answer that a program's lines are. Raises ValueError."""
     lines = [line.split() for line in block]
     if lines[:1] != [["case", str(case.number)]]:
@@ -193,6 +203,8 @@ def decoded(case: Case, block: list[str]) -> Answer:
         if case.refused:
             return None
         raise ValueError(" ".join(lines[1][1:]) or "refused, but every index is a class")
+    if len(lines) == 2 and lines[1][0] == "unsupported":
+        return Unsupported(" ".join(lines[1][1:]) or "what the case asks for")
     answer: dict[str, Array] = {}
     for key, *words in lines[1:]:
         if key not in EXPECTED or key in answer:

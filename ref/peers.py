@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import loss as definition
-from .check import Case, read
+from .case import Case, read
 
 Array = NDArray[Any]
 # (N, C) logits and N classes: N losses, and the gradient of their sum.
@@ -161,15 +161,28 @@ def errors(peer: Peer, cases: list[Case]) -> dict[str, float]:
     return worst
 
 
+def confident(dtype: str, classes: int) -> tuple[Array, Array]:
+    """Logits of one sample for each margin, its target being class 0."""
+    logits = np.zeros((len(MARGINS[dtype]), classes), MARGINS[dtype].dtype)
+    logits[:, 0] = MARGINS[dtype]
+    return logits, np.zeros(len(logits), np.int64)
+
+
 def span(peer: Peer, dtype: str, classes: int) -> tuple[str, str]:
     """Margin of the target over equal others up to which loss and gradient are right, and from which one is lost."""
-    margins = MARGINS[dtype]
-    logits = np.zeros((len(margins), classes), margins.dtype)
-    logits[:, 0], target = margins, np.zeros(len(margins), np.int64)
+    logits, target = confident(dtype, classes)
     losses, gradients = peer(logits, target)
-    loss, gradient = definition.forward(logits, target, reduction="none"), definition.backward(logits, target)
-    pairs = zip(losses, np.atleast_1d(loss), gradients, gradient * len(margins), strict=True)
-    worst = np.array([np.maximum(error(a, b), error(c, d)) for a, b, c, d in pairs])
+    return ends(dtype, logits, [{"loss": x, "gradient": y} for x, y in zip(losses, gradients, strict=True)])
+
+
+def ends(dtype: str, logits: Array, answers: list[dict[str, Array]]) -> tuple[str, str]:
+    """The two margins of one answer to each row of logits, whose target is class 0."""
+    margins, target = MARGINS[dtype], np.zeros(len(logits), np.int64)
+    loss = np.atleast_1d(definition.forward(logits, target, reduction="none"))
+    gradient = definition.backward(logits, target, reduction="sum")
+    expected = [{"loss": x, "gradient": y} for x, y in zip(loss, gradient, strict=True)]
+    pairs = zip(answers, expected, strict=True)
+    worst = np.array([np.max([error(got[key], wanted[key]) for key in got]) for got, wanted in pairs])
     wrong = np.flatnonzero(np.append(~(worst < RIGHT), True))[0]
     lost = np.flatnonzero(np.append(True, worst < LOST))[-1]
     right = "none" if wrong == 0 else "all" if wrong == len(worst) else f"{margins[wrong - 1]:g}"
