@@ -26,8 +26,9 @@ from torch.autograd import forward_ad
 from lace_loss import ext, ref
 from lace_loss.ext import torch as lace_torch
 from lace_loss.ext.torch import LACELoss, lace_loss
-from lace_loss.ref.__main__ import in_torch
-from lace_loss.ref.check import VECTORS, read, run
+from lace_loss.ref.case import VECTORS, read
+from lace_loss.ref.check import run
+from lace_loss.ref.installed import in_torch
 
 triton = pytest.importorskip("triton", reason="no Triton on this machine")
 from machines import emulated  # noqa: E402

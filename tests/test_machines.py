@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lace_loss.ref.__main__ import main as ref
-from lace_loss.ref.check import VECTORS, read
+from lace_loss.ref.case import VECTORS, read
 
 EXT = Path(__file__).parent.parent / "ext"
 MACHINES = Path(__file__).parent / "machines"

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from lace_loss.ext.torch import LACELoss
 from lace_loss.ref.__main__ import cross_validate
-from lace_loss.ref.check import VECTORS
+from lace_loss.ref.case import VECTORS
 
 SHAPES = [
     *(f"{shape}:{dtype}" for shape in ("10000x100", "4096x1000") for dtype in ("bfloat16", "float32")),
