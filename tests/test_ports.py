@@ -14,7 +14,8 @@ import pytest
 
 from lace_loss import ref
 from lace_loss.ref.__main__ import main
-from lace_loss.ref.check import VECTORS, judge, read
+from lace_loss.ref.case import VECTORS, read
+from lace_loss.ref.check import judge
 
 PORTS = Path(__file__).parent / "ports"
 LEVELS = ["core", "gradient", "batch", "layout", "large", "rows"]
