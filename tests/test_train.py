@@ -556,7 +556,7 @@ def steps_of_ten_and_two(rank: int, processes: int, folder: Path) -> None:
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (12, 3, 32, 32), generator=random, dtype=torch.uint8)
     labels, none = torch.arange(12) % 5, torch.zeros(0)
-    data = Data("random", 5, "", pixels, labels, none, none, none, none, torch.full((3, 32, 32), 0.5))
+    data = Data("random", list("abcde"), "", pixels, labels, none, none, none, none, torch.full((3, 32, 32), 0.5))
     replica = loop.Replica(Config("random", width=2, batch=10, lr=0.001), data)
     replica.begin(0)
     for i in range(2):
@@ -1054,7 +1054,7 @@ def test_another_runs_files_are_refused_by_the_name_of_the_setting(
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_an_exported_model_gives_the_runs_own_figures_without_torch(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
@@ -1069,6 +1069,12 @@ def test_an_exported_model_gives_the_runs_own_figures_without_torch(
     exported = capsys.readouterr().out.splitlines()[-1]
     assert exported == str(record.with_suffix(".onnx"))
 
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert_error(capsys, ["export", str(record)], exported, "No space")
+    assert before == {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}, "the model before is whole"
+
     without_torch = "import sys; sys.modules['torch'] = None; from lace_loss.train.deployed import main;"
     without_torch += "sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", without_torch, exported, str(tmp_path / "data" / "test")]
@@ -1079,6 +1085,25 @@ def test_an_exported_model_gives_the_runs_own_figures_without_torch(
     assert [100 * (1 - found["accuracy"][k]) for k in "15"] == [expected["top1_error"], expected["top5_error"]]
     assert found["cross_entropy"] == pytest.approx(expected["nll"], rel=1e-5)
     assert 100 * found["calibration_error"] == pytest.approx(expected["calibration_error"], rel=1e-4)
+
+    # One listing: what systems and people put beside images is read past by training and here; images may lie deeper.
+    test = tmp_path / "data" / "test"
+    for junk in (".DS_Store", "elk/.DS_Store", "elk/._0.png", "elk/readme.txt", "elk/.cache/0.png", ".git/0.png"):
+        (test / junk).parent.mkdir(exist_ok=True)
+        (test / junk).write_text("no picture")
+    assert main([*SMALL, *arguments, "--batch", "20", "--epochs", "5"]) == 0, "the same data: the run is done"
+    (test / "elk" / "deep").mkdir()
+    (test / "elk" / "0.png").rename(test / "elk" / "deep" / "0.PNG")
+    again = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+    assert again == found
+    (test / "elk" / "deep" / "0.PNG").rename(test / "elk" / "0.png")
+    (test / "dog").rename(test / "hound")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        f"error: class 3 of {test} is 'elk', and 'dog' of the model: name the folders as it does",
+    )
+    (test / "hound").rename(test / "dog")
 
     for text, words in (("another size", ["16x8 pixels", "8x16"]), ("no picture", ["elk/0.png", "identify"])):
         bad = tmp_path / "data" / "test" / "elk" / "0.png"
@@ -1385,6 +1410,7 @@ def onnx_model(
     size: object = 8,
     filled: float = 0.0,
     classes: object = 2,
+    class_names: str | None = None,
 ) -> bytes:
     """(n, 3, 8, 8) pixels to (n, 2) logits: `filled` times the means of the channels and of all."""
     import onnx
@@ -1405,7 +1431,10 @@ def onnx_model(
         made.append(helper.make_tensor_value_info("means", TensorProto.FLOAT, [batch, 3]))
     graph = helper.make_graph(nodes, "model", given, made, [factor])
     opset = [helper.make_opsetid("", 13)]
-    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
+    made_model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    if class_names is not None:
+        helper.set_model_props(made_model, {"class_names": class_names})
+    return made_model.SerializeToString()
 
 
 def test_a_model_or_an_image_that_cannot_be_used_is_named_by_deployed(
@@ -1443,11 +1472,17 @@ def test_a_model_or_an_image_that_cannot_be_used_is_named_by_deployed(
         bad.write_bytes(content)
         refused(right, f"{bad} is not an image")
     bad.unlink()
-    bad.mkdir()
-    refused(right, f"{bad} is not an image")
-    bad.rmdir()
+    (data / "cat").mkdir()
+    (data / "cat" / "cat.txt").write_text("no picture")
+    refused(right, f"there is no image in {data / 'cat'}: no name ends with .bmp, .jpeg")
     images(data / "cat")
     refused(right, str(data), "3 classes, the model 2")
+    for text in ("no JSON", "null", '["ant", "bee", "cat"]', '{"ant": 0, "bee": 1}'):
+        (data / "cat").rename(tmp_path / "cat")
+        refused(
+            onnx_model(class_names=text), str(model), "class_names in its metadata that are no list of its 2 classes"
+        )
+        (tmp_path / "cat").rename(data / "cat")
     for folder in ("none", "data/ant", "model.onnx"):
         assert deployed.main([str(model), str(tmp_path / folder)]) == 2
         assert f"there is no {tmp_path / folder}/CLASS/IMAGE" in capfd.readouterr().err
@@ -1460,3 +1495,27 @@ def test_a_model_or_an_image_that_cannot_be_used_is_named_by_deployed(
     model.write_bytes(right)
     assert deployed.main([str(model), str(data)]) == 0, "the rest is right"
     assert json.loads(capfd.readouterr().out)["count"] == 5
+    model.write_bytes(onnx_model(class_names='["ant", "wasp"]'))
+    assert deployed.main([str(model), str(data)]) == 2
+    assert f"class 1 of {data} is 'bee', and 'wasp' of the model" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "PIL"])
+def test_deployed_says_which_package_it_lacks(package: str, tmp_path: Path) -> None:
+    images(tmp_path / "data" / "ant")
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "model.onnx").write_bytes(onnx_model())
+    without = f"import sys; sys.modules[{package!r}] = None; from lace_loss.train.deployed import main;"
+    command = [
+        sys.executable,
+        "-c",
+        f"{without} sys.exit(main(sys.argv[1:]))",
+        tmp_path / "model.onnx",
+        tmp_path / "data",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: python -m lace_loss.train.deployed needs {package}: pip install onnxruntime pillow\n"
+    )

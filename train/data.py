@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .config import TrainError
+from .images import image_files, pixels
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Data:
     """
 
     name: str
-    classes: int
+    class_names: list[str]
     sha256: str  # of the six tensors' bytes, mean apart
     images: Tensor
     labels: Tensor
@@ -34,6 +35,10 @@ class Data:
     unused_images: Tensor
     unused_labels: Tensor
     mean: Tensor
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
 
 
 def normalised(images: Tensor, mean: Tensor) -> Tensor:
@@ -73,11 +78,11 @@ def load(data: str, root: str, device: torch.device, shrink: int = 1, subset: in
     images that cannot be shrunk or chosen as asked.
     """
     if data == "digits":
-        arrays, classes = digits(), 10
+        arrays, class_names = digits(), [str(digit) for digit in range(10)]
     elif data == "cifar100":
-        arrays, classes = cifar100(root), 100
+        arrays, class_names = cifar100(root)
     else:
-        arrays, classes = folder(Path(data))
+        arrays, class_names = folder(Path(data))
     images, labels, test_images, test_labels = arrays
     images, test_images = block_means(images, shrink), block_means(test_images, shrink)
     chosen = balanced(labels, subset)
@@ -88,7 +93,7 @@ def load(data: str, root: str, device: torch.device, shrink: int = 1, subset: in
         digest.update(array.data)
     mean = (arrays[0].mean(0, dtype=np.float64) / 255).astype(np.float32)
     tensors = [torch.from_numpy(array).to(device) for array in (*arrays, mean)]
-    return Data(Path(data).resolve().name, classes, digest.hexdigest(), *tensors)
+    return Data(Path(data).resolve().name, class_names, digest.hexdigest(), *tensors)
 
 
 def block_means(images: np.ndarray, side: int) -> np.ndarray:
@@ -132,43 +137,39 @@ def digits() -> Arrays:
     return [images[~test], labels[~test], images[test], labels[test]]
 
 
-def cifar100(root: str) -> Arrays:
+def cifar100(root: str) -> tuple[Arrays, list[str]]:
     from torchvision.datasets import CIFAR100
 
     try:
         parts = [CIFAR100(root, train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise TrainError(f"cifar100 is not below {root!r} and could not be downloaded: {error}") from error
-    return [array for part in parts for array in (part.data.transpose(0, 3, 1, 2), np.array(part.targets))]
+    arrays = [array for part in parts for array in (part.data.transpose(0, 3, 1, 2), np.array(part.targets))]
+    return arrays, parts[0].classes
 
 
-def folder(path: Path) -> tuple[Arrays, int]:
-    """The image folder's arrays and its number of classes, which are numbered by name, as torchvision does."""
-    from torchvision.datasets import ImageFolder
-
+def folder(path: Path) -> tuple[Arrays, list[str]]:
+    """The image folder's arrays and the names of its classes, in the order of their numbers."""
     parts = []
     for split in ("train", "test"):
         if not (path / split).is_dir():
             raise TrainError(f"--data {str(path)!r} must be digits, cifar100 or a folder with train/ and test/")
         try:
-            parts.append(ImageFolder(path / split))
-        except FileNotFoundError as error:
+            parts.append(image_files(path / split))
+        except ValueError as error:
             raise TrainError(f"{path / split} must hold a folder of images for every class: {error}") from error
-    train, test = parts
-    for having, lacking in ((test, train), (train, test)):
-        if missing := sorted(set(having.classes) - set(lacking.classes)):
-            raise TrainError(f"{having.root} has classes that {lacking.root} lacks: {', '.join(missing)}")
-    samples = [(file, train.class_to_idx[part.classes[label]]) for part in parts for file, label in part.samples]
-    pixels: list[np.ndarray] = []
-    for file, _ in tqdm(samples, desc=f"reading {path.name}", unit=" images", disable=None):
+    (classes, train), (others, test) = parts
+    both = {"train": set(classes), "test": set(others)}
+    for having, lacking in (("test", "train"), ("train", "test")):
+        if missing := sorted(both[having] - both[lacking]):
+            raise TrainError(f"{path / having} has classes that {path / lacking} lacks: {', '.join(missing)}")
+    found: list[np.ndarray] = []
+    for file, _ in tqdm(train + test, desc=f"reading {path.name}", unit=" images", disable=None):
+        size = found[0].shape[1::-1] if found else None
         try:
-            image = np.asarray(train.loader(file))
-        except Exception as error:  # Pillow has one for most of the formats, and one for an image that is too large
-            raise TrainError(f"{file} is not an image: {error}") from error
-        if pixels and image.shape != pixels[0].shape:
-            (height, width), (rows, columns) = pixels[0].shape[:2], image.shape[:2]
-            raise TrainError(f"{file} is {columns}x{rows} pixels, the images before it {width}x{height}")
-        pixels.append(image)
-    images, labels = np.stack(pixels).transpose(0, 3, 1, 2), np.array([label for _, label in samples])
+            found.append(pixels(file, "RGB", size, "the images before it"))
+        except ValueError as error:
+            raise TrainError(str(error)) from error
+    images, labels = np.stack(found).transpose(0, 3, 1, 2), np.array([label for _, label in train + test])
     n = len(train)
-    return [images[:n], labels[:n], images[n:], labels[n:]], len(train.classes)
+    return [images[:n], labels[:n], images[n:], labels[n:]], classes

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-from PIL import Image
 
 from lace_loss import ext
+
+from .images import image_files, pixels
 
 
 def loaded(model: Path) -> Any:
     """The session of a model as `export` writes it. Raises ValueError for any other file."""
+    import onnxruntime
+
     try:
         session = onnxruntime.InferenceSession(model)
     except Exception as error:  # onnxruntime's have no base of their own
@@ -36,27 +38,15 @@ def loaded(model: Path) -> Any:
     )
 
 
-def pixels(file: Path, channels: int, size: tuple[int, int]) -> np.ndarray:
-    """Raises ValueError for a file that is no image, or one of another size (width, height)."""
-    try:
-        with Image.open(file) as image:
-            found = image.size
-            if found == size:
-                return np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except Exception as error:  # Pillow has one for most of the formats, and one for an image that is too large
-        raise ValueError(f"{file} is not an image: {error}") from error
-    raise ValueError(f"{file} is {found[0]}x{found[1]} pixels, the model's images {size[0]}x{size[1]}")
-
-
-def logits_of(model: Path, files: list[Path]) -> np.ndarray:
+def logits_of(model: Path, session: Any, files: list[Path]) -> np.ndarray:
     """(N, classes), 100 images at a time. Raises ValueError for a wrong model or image."""
-    session = loaded(model)
     (given,) = session.get_inputs()
     _, channels, height, width = given.shape
+    mode, size = "L" if channels == 1 else "RGB", (width, height)
     blocks = []
     for start in range(0, len(files), 100):
         part = files[start : start + 100]
-        images = np.stack([pixels(file, channels, (width, height)) for file in part])
+        images = np.stack([pixels(file, mode, size, "the model's images") for file in part])
         images = images.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
         try:
             (logits,) = session.run(None, {given.name: images})
@@ -70,17 +60,35 @@ def logits_of(model: Path, files: list[Path]) -> np.ndarray:
     return np.concatenate(blocks)
 
 
+def refuse_other_names(model: Path, session: Any, folder: Path, names: list[str]) -> None:
+    """Raises ValueError unless the folder's classes are called as the model says, if it does."""
+    text = session.get_modelmeta().custom_metadata_map.get("class_names")
+    if text is None:
+        return
+    try:
+        known = json.loads(text)
+    except ValueError:
+        known = None
+    if not isinstance(known, list) or len(known) != len(names):
+        raise ValueError(f"{model} has class_names in its metadata that are no list of its {len(names)} classes")
+    for i, (name, own) in enumerate(zip(names, known, strict=True)):
+        if name != own:
+            raise ValueError(
+                f"class {i} of {folder} is {name!r}, and {own!r} of the model: name the folders as it does"
+            )
+
+
 def evaluation(model: Path, folder: Path) -> ext.Evaluation:
     """Raises OSError or ValueError for what cannot be used."""
-    classes = sorted(path for path in folder.glob("*") if path.is_dir())
-    files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())]
-    for missing, there in ((f"{folder}/CLASS/IMAGE", files), (f"file {model}", model.is_file())):
-        if not there:
-            raise ValueError(f"there is no {missing}")
-    logits = logits_of(model, [file for file, _ in files])
-    if logits.shape[1] != len(classes):
-        raise ValueError(f"{folder} has {len(classes)} classes, the model {logits.shape[1]}")
-    return ext.evaluate(logits, np.array([label for _, label in files]), strength=0.0)
+    names, images = image_files(folder)
+    if not model.is_file():
+        raise ValueError(f"there is no file {model}")
+    session = loaded(model)
+    logits = logits_of(model, session, [file for file, _ in images])
+    if logits.shape[1] != len(names):
+        raise ValueError(f"{folder} has {len(names)} classes, the model {logits.shape[1]}")
+    refuse_other_names(model, session, folder, names)
+    return ext.evaluate(logits, np.array([label for _, label in images]), strength=0.0)
 
 
 def main(arguments: list[str]) -> int:
@@ -95,6 +103,9 @@ def main(arguments: list[str]) -> int:
     args = top.parse_args(arguments)
     try:
         found = evaluation(args.model, args.folder)
+    except ModuleNotFoundError as error:
+        print(f"error: {top.prog} needs {error.name}: pip install onnxruntime pillow", file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """A finished run's model as an ONNX file; `python -m lace_loss.train.deployed` tests such a file without torch."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -53,5 +54,7 @@ def export(record_path: Path) -> Path:
         except ModuleNotFoundError as error:
             raise TrainError(f"an export needs {error.name}: pip install 'lace-loss[integrations]'") from error
         assert program is not None
+        if "class_names" in header:  # which older records lack
+            program.model.metadata_props["class_names"] = json.dumps(header["class_names"])
         write(path, program.model_proto.SerializeToString())
     return path

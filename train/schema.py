@@ -26,6 +26,7 @@ PERCENT: Kind = ("a number from 0 to 100", lambda x: between(x, 0, 100))
 TEXT: Kind = ("a string", lambda x: isinstance(x, str))
 FLAG: Kind = ("true or false", lambda x: isinstance(x, bool))
 LIST: Kind = ("a list", lambda x: isinstance(x, list))
+NAMES: Kind = ("a list of strings", lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x))
 COUNTS: Kind = (
     f"a list of {BINS} whole numbers from 0",
     lambda x: is_of_bins(x, 2**53) and all(n == int(n) for n in x),
@@ -98,7 +99,7 @@ def parsed(path: object, content: bytes) -> tuple[Record, list[Record], Record]:
         except (ValueError, RecursionError) as error:
             raise TrainError(f"{place}: cannot be read: {error}") from error
         if number == 1:
-            require(place, line, IDENTITY | SIZES, {"resumed": LIST})
+            require(place, line, IDENTITY | SIZES, {"resumed": LIST, "class_names": NAMES})
             refuse_shared(place, line, FINAL)
             try:
                 Config(**{f.name: line[f.name] for f in fields(Config)})

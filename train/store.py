@@ -64,6 +64,7 @@ def describe(config: Config, data: Data, made: Record) -> Record:
         "test_images": len(data.test_images),
         "unused_images": len(data.unused_images),
         "classes": data.classes,
+        "class_names": data.class_names,
         "data_sha256": data.sha256,
         "device": processes + device,
         "threads": None if gpu else torch.get_num_threads(),  # they change no bit there
