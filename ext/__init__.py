@@ -123,8 +123,8 @@ def _run(
     strength: float = 1.0,
 ) -> Any:
     y = target if type(target) is np.ndarray else _array("target", target)
-    if type(ignore_index) is not int:
-        ignore_index = _integer("ignore_index", ignore_index)
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        ignore_index = _ignored(ignore_index)
     dtype = logits.dtype
     whole_shape = logits.shape
     ndim = len(whole_shape)
@@ -194,13 +194,10 @@ def _run(
     loss = np.empty(shape if reduction == "none" else (), dtype)
     losses = loss if reduction == "none" else None
     divisor = None if reduction == "mean" else 1.0
-    try:
-        job = _cpu.Job(
-            *(losses, rows, z, indices, probability, w, each, statistics, n, classes, inner, apart, dtype.itemsize),
-            *(ignore_index, label_smoothing, strength, divisor, above),
-        )
-    except OverflowError as error:
-        raise ValueError(f"ignore_index must fit in 64 bits with a sign, got {ignore_index}") from error
+    job = _cpu.Job(
+        *(losses, rows, z, indices, probability, w, each, statistics, n, classes, inner, apart, dtype.itemsize),
+        *(ignore_index, label_smoothing, strength, divisor, above),
+    )
     wrong = job.run(0, n) if logits.size < _WORTH_THREADS else _in_threads(job, threads)
     if wrong >= 0:
         raise _no_class(y, [int(i) for i in np.unravel_index(wrong, shape)], first, classes)
@@ -270,14 +267,12 @@ def _share(a: Array, b: Array) -> bool:
 
 
 def _fraction(name: str, value: Any) -> float:
-    if type(value) is not float:
-        array = np.asarray(value)
-        if array.ndim or array.dtype.kind not in "fiub":
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        value = float(array)
-    if not 0 <= value <= 1:
+    number = np.asarray(value)
+    if number.ndim or number.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= number <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
-    return value
+    return float(number)
 
 
 def _integer(name: str, value: Any) -> int:
@@ -285,6 +280,13 @@ def _integer(name: str, value: Any) -> int:
         return index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _ignored(value: Any) -> int:
+    number = _integer("ignore_index", value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits with a sign, got {number}")
+    return number
 
 
 def _numbers(name: str, values: ArrayLike, dtype: np.dtype[Any]) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import Array, Options, _array, _fraction, _integer, _logits, _run
+from . import Array, Options, _array, _fraction, _ignored, _logits, _run
 
 # What is evaluated at a time: in float32 4 MiB, which stay in a cache between being read or converted and being used.
 _LOGITS_IN_A_BLOCK = 1 << 20
@@ -120,7 +120,7 @@ class Tally:
             raise ValueError(f"topk must hold numbers from 1, got {min(self.hits)}")
         self.options: Options = {
             "weight": None if weight is None else np.array(_array("weight", weight)),
-            "ignore_index": _integer("ignore_index", ignore_index),
+            "ignore_index": _ignored(ignore_index),
             "reduction": "none",
             "label_smoothing": _fraction("label_smoothing", label_smoothing),
             "strength": _fraction("strength", strength),

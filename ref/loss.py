@@ -191,16 +191,14 @@ def _samples(
     label_smoothing: float = 0.0,
     strength: float = 1.0,
 ) -> _Samples:
-    x, y, ignore_index = _numbers("logits", logits), _array("target", target), index(ignore_index)
+    x, y, ignore_index = _numbers("logits", logits), _array("target", target), _integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits with a sign, got {ignore_index}")
     if x.ndim == 0 or x.shape[min(1, x.ndim - 1)] == 0:
         raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {x.shape}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    for name, value in (("label_smoothing", label_smoothing), ("strength", strength)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
+    label_smoothing, strength = _fraction("label_smoothing", label_smoothing), _fraction("strength", strength)
     z = _classes_last(x)
     shape, classes = x.shape[:1] * (x.ndim > 1) + x.shape[2:], z.shape[1]
     w = np.ones(classes) if weight is None else _numbers("weight", weight)
@@ -235,6 +233,22 @@ def _samples(
     if reduction != "mean":
         divisor = wide(1.0)
     return _Samples(z, a.scaled(-exponent), exponent, kept, shape, reduction != "none", divisor, strength)
+
+
+def _fraction(name: str, value: Any) -> float:
+    number = np.asarray(value)
+    if number.ndim or number.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return float(number)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def _exponent(x: Array) -> NDArray[np.int_]:

@@ -29,6 +29,21 @@ REFUSED = {
     "smoothing above 1": (LOGITS, TARGET, {"label_smoothing": 1.5}, ValueError, r"in \[0, 1\], got 1.5"),
     "NaN smoothing": (LOGITS, TARGET, {"label_smoothing": np.nan}, ValueError, r"in \[0, 1\], got nan"),
     "negative strength": (LOGITS, TARGET, {"strength": -0.1}, ValueError, r"strength must be in \[0, 1\], got -0.1"),
+    "strength as text": (LOGITS, TARGET, {"strength": "1"}, TypeError, "strength must be a number, got '1'"),
+    "no strength": (LOGITS, TARGET, {"strength": None}, TypeError, "strength must be a number, got None"),
+    "a list of strengths": (LOGITS, TARGET, {"strength": [1.0]}, TypeError, r"strength must be a number, got \[1.0\]"),
+    "complex smoothing": (
+        LOGITS,
+        TARGET,
+        {"label_smoothing": 0j},
+        TypeError,
+        "label_smoothing must be a number, got 0j",
+    ),
+    "a float to ignore": (LOGITS, TARGET, {"ignore_index": 1.0}, TypeError, "ignore_index must be an integer, got 1.0"),
+    "text to ignore": (LOGITS, TARGET, {"ignore_index": "1"}, TypeError, "ignore_index must be an integer, got '1'"),
+    "too large to ignore": (LOGITS, TARGET, {"ignore_index": 2**63}, ValueError, "64 bits with a sign, got 92233720"),
+    "too small to ignore": (LOGITS, TARGET, {"ignore_index": -(2**63) - 1}, ValueError, "with a sign, got -92233720"),
+    "no reduction": (LOGITS, TARGET, {"reduction": None}, ValueError, "'none', 'mean' or 'sum', got None"),
     "too many weights": (
         LOGITS,
         TARGET,
@@ -84,6 +99,65 @@ def test_a_class_beyond_int64_is_refused_and_not_ignored():
             function(LOGITS, TARGET, ignore_index=1.5)
 
 
+@pytest.mark.parametrize("value", [0.5, np.float16(0.5), np.array(0.5), np.array(0.5, ">f4")], ids=repr)
+def test_every_kind_of_number_is_a_strength(value):
+    for function in (ref.forward, ext.forward):
+        assert function(LOGITS, TARGET, strength=value) == function(LOGITS, TARGET, strength=0.5)
+        assert function(LOGITS, TARGET, strength=np.bool_(True), label_smoothing=0) == function(LOGITS, TARGET)
+
+
+def result(function, *arguments, **options):
+    """Its value, or its exception's type and sentence."""
+    try:
+        return function(*arguments, **options)
+    except Exception as error:
+        return type(error), str(error)
+
+
+EDGES = [0, 1, 2, 3, -1, -100, 255, 2**31, 2**32 + 1, 2**63 - 1, -(2**63), 2**63, 2**64 - 100, 2**64 - 1]
+KINDS = ["b", "B", "h", "H", "i", "I", "q", "Q", ">i2", ">u4", ">i8", ">u8", "?", "e", "f", "d", "O", "U1"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_class_of_every_type_beside_every_ignored_one_is_the_same_in_ref_and_ext(kind):
+    """Whatever a class is taken for at the edges of 64 bits and of narrower types: right, ignored or refused."""
+    told = set()
+    for value in EDGES:
+        with np.errstate(all="ignore"):  # some become infinite, some another class
+            target = np.array([1, value], np.uint64 if value >= 2**63 else np.int64).astype(kind)
+        for ignore_index in (*EDGES, -(2**63) - 1, 2**64):
+            options = {"ignore_index": ignore_index, "reduction": "none"}
+            for z, t in ((LOGITS[:2] + np.array([0.0, 0.5, 1]), target), (np.array([0.0, 0.5, 1]), target[1])):
+                by_ref, by_ext = result(ref.forward, z, t, **options), result(ext.forward, z, t, **options)
+                case = (t, ignore_index)
+                if isinstance(by_ref, tuple):
+                    told.add(by_ref[0])
+                    assert by_ext == by_ref, case
+                    continue
+                assert np.allclose(by_ext, by_ref, rtol=1e-15), case
+                wanted = [int(c) for c in np.atleast_1d(t)]
+                exact = [0 if c == ignore_index else ref.forward(z.reshape(-1, 3)[0], c) for c in wanted]
+                assert np.allclose(by_ref, exact, rtol=1e-15), case
+    # Of objects a lone one is the integer that it holds. ValueError: the shape of floats, or what is to be ignored.
+    known = {"?": {TypeError}, "U1": {TypeError}, "O": {TypeError, IndexError}, **{float: set() for float in "efd"}}
+    assert told == known.get(kind, {IndexError}) | {ValueError}
+
+
+def test_out_may_lie_between_the_logits():
+    """Every other value, or the other half of each row: no element is shared."""
+    rng = np.random.default_rng(0)
+    for logits, out in ((slice(0, None, 2), slice(1, None, 2)), (slice(0, 3), slice(3, 6)), (slice(3, 6), slice(0, 3))):
+        base = rng.normal(size=(4, 6))
+        z, g = base[:, logits], base[:, out]
+        expected = ext.backward(z.copy(), TARGET)
+        before = z.copy()
+        assert ext.forward_backward(z, TARGET, out=g)[1] is g
+        assert np.array_equal(g, expected) and np.array_equal(z, before)
+    base = rng.normal(size=(4, 4))
+    with pytest.raises(ValueError, match="shares memory with an input"):
+        ext.forward_backward(base[:, :3], TARGET, out=base[:, 1:])
+
+
 def test_out_must_fit_be_writable_and_stand_apart():
     read_only = np.zeros((4, 3))
     read_only.flags.writeable = False
@@ -100,6 +174,10 @@ def test_out_must_fit_be_writable_and_stand_apart():
     weight = np.ones(12)
     with pytest.raises(ValueError, match="shares memory with an input"):
         ext.forward_backward(logits, TARGET, out=weight.reshape(4, 3), weight=weight[:3])
+    with pytest.raises(TypeError, match=r"threads must be an integer, got 2.0"):
+        ext.forward_backward(LOGITS, TARGET, threads=2.0)
+    with pytest.raises(TypeError, match="out must be a NumPy array, got list"):
+        ext.forward_backward(LOGITS, TARGET, out=[[0.0] * 3] * 4)
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         ext.forward_backward(LOGITS, TARGET, threads=0)
 
