@@ -18,33 +18,35 @@ import signal
 import sys
 from itertools import islice
 from pathlib import Path
+from textwrap import fill
 
 from .case import FORMATS, HALF_LEVELS, LEVELS, VECTORS, Case, VectorError, read
 from .check import PortError, Result, answers_of, judge, run
 from .installed import installed
 from .peers import MARGINS, compare
-from .verdict import causes, explain, grade, indented, lines_of, margins, unsupported, worst
+from .verdict import causes, explain, grade, lines_of, margins, unsupported, worst
 
 # What a port gets.
 CALLED = """
-MODULE:FN is called as FN(logits, target, **options) and returns (loss, gradient).
-It gets NumPy arrays: logits (C,), (N, C) or (N, C, d1, ...) in float64, float32 or
-float16 (bfloat16 values come as float32); target, int64 class indices, or
-probabilities of the logits' shape and type. The options are always reduction
-("none", "mean" or "sum"), and where the case has them weight (C values),
-ignore_index, label_smoothing, strength and grad_output: numbers that multiply the
-gradient, one a sample for "none", else one. An index that is no class must raise an
-error, or give NaN. Where FN takes no such option, or raises NotImplementedError, the
-verdict says "not supported", which is no pass.
+MODULE:FN is called as FN(logits, target, **options) and returns (loss,
+gradient). It gets NumPy arrays: logits of shape (C,), (N, C) or (N, C, d1, ...)
+in float64, float32 or float16 (bfloat16 values come as float32); target, int64
+class indices, or probabilities of the logits' shape and type. The options are
+always reduction ("none", "mean" or "sum"), and where the case has them weight
+(C values), ignore_index, label_smoothing, strength and grad_output: numbers
+that multiply the gradient, one a sample for "none", else one. For an index that
+is no class FN must raise an error, or give NaN. An FN without `reduction` is
+asked for a mean and for one row. Where FN does not take another option, or
+raises NotImplementedError, the verdict says "not supported", which is no pass.
 
 --torch MODULE:NAME names a class, constructed with the options and called as
 loss(input, target), or a function called as NAME(input, target, **options), on
-tensors in the file's type; grad_output goes into autograd. A lone row is given as a
-batch of one, but at the level layout.
+tensors of the file's type; grad_output goes into autograd. One row is given as
+a batch of one, but at the level layout.
 
 A grade: "exact" is within the vectors' tolerances; "plain" within what an
 implementation without compensation loses with the margin; "flushed" means that
-subnormal numbers were taken for 0. The exit status asks for exact, unless --plain
+subnormal numbers were taken for 0. Exit status 0 asks for exact, unless --plain
 or --flushed allow more.
 """
 
@@ -76,7 +78,8 @@ def cross_validate(folder: Path, full: bool = False) -> int:
     failed = [(name, result) for name, results in columns.items() for result in results if not result.holds]
     for name, results in columns.items():
         if wrong := [result for result in results if not result.holds]:
-            say_why(f"\n{name}: ", results, wrong)
+            print()
+            say_why(f"{name}: ", results, wrong)
     print(f"\n{sum(map(len, columns.values()))} cases, {len(failed)} failed")
     return 1 if failed else 0
 
@@ -119,12 +122,11 @@ def say_why(name: str, results: list[Result], wrong: list[Result]) -> None:
     found = causes(results)
     for cause in found:
         sentence = f"{name}likely cause of {cause.votes} of {cause.wrong} wrong cases: {cause.sentence}"
-        print(sentence, explain(cause.shown), sep="\n")
+        print(fill(sentence, 80, break_on_hyphens=False), explain(cause.shown), sep="\n")
     if not found:
         shown = min(wrong, key=lambda result: len(result.case.question))
-        print(
-            f"{name}no known mistake explains most of the wrong cases; the shortest of them:", explain(shown), sep="\n"
-        )
+        sentence = f"{name}no known mistake explains most of the wrong cases; the shortest of them:"
+        print(fill(sentence, 80, break_on_hyphens=False), explain(shown), sep="\n")
 
 
 def check(args: argparse.Namespace) -> int:
@@ -167,7 +169,7 @@ def check(args: argparse.Namespace) -> int:
         if grade([result for result in every if result not in missing]) and not (args.plain or args.flushed):
             print("Not exact: exit status 1. With --plain, or --flushed, such a grade is enough.")
     if missing:
-        print(indented(f"{len(missing)} cases were not checked: what they ask for is not supported."))
+        print(f"{len(missing)} cases were not checked: what they ask for is not supported.")
     if problem:
         raise problem
     return 1 if failed else 2 if missing else 0
@@ -201,8 +203,21 @@ def parser() -> argparse.ArgumentParser:
     port.add_argument("--torch", metavar="MODULE:NAME", help="a class or function with PyTorch's signature")
     port.add_argument("--command", help="a program that reads cases on standard input")
     port.add_argument("--product", metavar="MODULE:FN", help="FN(logits, target, vector, **options) -> Hessian product")
-    port.add_argument("--levels", nargs="+", choices=LEVELS, help="default: all, but second where nothing gives it")
-    port.add_argument("--dtypes", nargs="+", choices=list(FORMATS), default=["f64", "f32"], help="default: f64 f32")
+    port.add_argument(
+        "--levels",
+        nargs="+",
+        choices=LEVELS,
+        metavar="LEVEL",
+        help=f"of {', '.join(LEVELS)}; default: all, but second where nothing gives it",
+    )
+    port.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=list(FORMATS),
+        metavar="DTYPE",
+        default=["f64", "f32"],
+        help="of f64, f32, f16, bf16; default: f64 f32",
+    )
     port.add_argument("--plain", action="store_true", help="allow what a plain implementation loses with the margin")
     port.add_argument(
         "--flushed", action="store_true", help="allow what is lost where subnormal numbers are taken for 0"

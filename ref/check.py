@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -119,7 +118,7 @@ def call(case: Case, function: Callable[..., Any], product: Callable[..., Any] |
 def taken(function: Callable[..., Any] | None, given: dict[str, Any], case: Case) -> dict[str, Any]:
     """Those options that a function has to be given. Raises Unsupported for one that it does not take.
 
-    Without `reduction` it is given what its mean is right for: a mean, and one sample without weights.
+    Without `reduction` it is given what its mean is right for: a mean, and one row without weights.
     """
     assert function is not None
     try:
@@ -129,7 +128,7 @@ def taken(function: Callable[..., Any] | None, given: dict[str, Any], case: Case
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return given
     missing = given.keys() - {parameter.name for parameter in parameters}
-    if given["reduction"] == "mean" or (math.prod(case.samples) == 1 and "weight" not in given):
+    if given["reduction"] == "mean" or (case.samples == () and "weight" not in given):
         missing = missing - {"reduction"}
     if missing:
         raise Unsupported(", ".join(sorted(missing)))

@@ -24,6 +24,8 @@ from lace_loss.ref.__main__ import main
 from lace_loss.ref.case import FORMATS, VECTORS, read
 from lace_loss.ref.check import judge
 from lace_loss.ref.installed import in_torch, installed
+from lace_loss.ref.peers import focal as focal_peer
+from lace_loss.ref.peers import span
 from lace_loss.ref.verdict import causes, grade
 
 # Each planted mistake and the categories that have to find it; the first is enough for a port without that option.
@@ -346,6 +348,96 @@ def test_no_manners_let_a_wrong_port_pass_and_harmless_ones_a_right_one(manner, 
     assert "Traceback" not in capsys.readouterr().err
     if manner in HARMLESS:
         assert main(["check", f"{port}:right", *of_one_file]) == 0
+
+
+class Focal(torch.nn.Module):
+    """Of rows (N, C), as people write it."""
+
+    def __init__(self, reduction="mean", gamma=1):
+        super().__init__()
+        self.reduction, self.gamma = reduction, gamma
+
+    def forward(self, input, target):
+        n = -F.log_softmax(input, 1).gather(1, target[:, None])[:, 0]
+        losses = (1 - torch.exp(-n)) ** self.gamma * n
+        return {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[self.reduction]
+
+
+def mean_alone(z, t):
+    return focal_loss(z, t)
+
+
+def knows_no_probabilities(logits, target, **options):
+    if np.issubdtype(target.dtype, np.floating):
+        raise NotImplementedError("probabilities")
+    return ext.forward_backward(logits, target, **options)
+
+
+def without_weights(logits, target, ignore_index=-100, reduction="mean", label_smoothing=0, strength=1, grad_output=1):
+    given = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    return ext.forward_backward(logits, target, grad_output=grad_output, strength=strength, **given)
+
+
+@pytest.mark.parametrize("name", ["Focal", "focal_loss", "mean_alone"])
+def test_a_loss_in_pytorchs_signature_is_named_as_it_is_with_the_margins_of_the_peers_table(name, capsys):
+    assert check("--torch", f"test_checker:{name}", "--levels", "core", "gradient", "--dtypes", "f32") == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"f32: right up to margin {span(focal_peer(), 'f32', 10)[0]}, lost from" in printed
+    assert "f32: right up to margin 10, lost from 16.5" in printed
+    assert f"likely cause of 59 of 67 wrong cases: {mistakes.Subtracted.cause}" in printed
+    assert "not supported" not in printed
+
+
+def test_the_projects_own_loss_in_torch_is_exact(capsys):
+    assert check("--torch", "lace_loss.ext.torch:LACELoss", "--levels", "batch", "--dtypes", "bf16") == 0
+    assert re.search("^bf16-batch.txt .* exact ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "level", "words"),
+    [
+        (["test_checker:knows_no_probabilities"], "batch", "not supported: probabilities ("),
+        (["test_checker:without_weights"], "batch", "not supported: weight ("),
+        (["--torch", "test_checker:mean_alone"], "layout", "not supported: reduction ("),
+    ],
+)
+def test_what_a_port_does_not_take_is_said_and_is_no_pass(arguments, level, words, capsys):
+    assert check(*arguments, "--levels", level, "--dtypes", "f32") in (1, 2)
+    printed = capsys.readouterr().out
+    assert words in printed
+    assert " exact " not in printed
+    assert "were not checked: what they ask for is not supported" in printed
+
+
+def test_a_port_that_is_right_where_it_is_supported_has_status_2(capsys):
+    assert check("test_checker:without_weights", "--levels", "core", "batch", "--dtypes", "f64") == 2
+    printed = capsys.readouterr().out
+    assert re.search("^f64-core.txt .* exact ", printed)
+    assert re.search("^f64-batch.txt .* not whole ", printed, re.MULTILINE)
+    assert "FAILED" not in printed
+
+
+def test_a_level_that_is_asked_for_is_not_left_out(capsys):
+    assert check("test_checker:port", "--levels", "second") == 2
+    assert "the level second needs --product" in capsys.readouterr().err
+
+
+def test_the_help_says_what_a_port_receives(capsys):
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    printed = capsys.readouterr().out
+    for word in (
+        "reduction",
+        "weight",
+        "ignore_index",
+        "label_smoothing",
+        "strength",
+        "grad_output",
+        "bfloat16",
+        "NumPy",
+    ):
+        assert word in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_a_hessian_product_is_checked_when_named(capsys):
