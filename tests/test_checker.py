@@ -881,3 +881,9 @@ def test_the_reference_gives_its_own_vectors():
             assert judge(
                 case, {"loss": loss, "gradient": ref.backward(case.logits, case.target, **case.options)}, False
             ).holds
+
+
+def test_a_program_may_say_what_it_does_not_take(tmp_path, capsys):
+    text = re.sub("loss .*", "unsupported weight, strength", core_answers(), count=3)
+    status, error = printed_by_a_program(tmp_path, capsys, text)
+    assert (status, error) == (2, "")
