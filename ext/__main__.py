@@ -7,7 +7,7 @@ Logits are floats of shape (N, C) or (N, C, d1, ...), targets the classes of the
 entropy are in nats, the calibration error is that of `lace_loss.ext.Evaluation`. Where tqdm is installed, a terminal
 shows the progress.
 
-Exit status: 0, or 2 if a file or an option cannot be used or the figures cannot be written.
+Exit status: 0, 2 if a file or an option cannot be used or the figures cannot be written, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ TOLERANCE = 0.01
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)  # what is --top today may be another option tomorrow
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. --help lists the options")
 
@@ -46,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
     top = Parser(
-        "python -m lace_loss.ext",
+        prog="python -m lace_loss.ext",
         description=f"{__doc__}\n{files.__doc__}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -239,6 +242,8 @@ def main(arguments: list[str]) -> int:
     except OSError as error:  # of standard output: those of files are FileErrors
         discard(sys.stdout)
         reason = "" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror or error}"
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OverflowError, MemoryError) as error:
         reason = str(error) or "there is not enough memory"
     if reason:  # else the reader, such as head, wants no more

@@ -93,7 +93,7 @@ def opened(
     with _blaming(str(path)):
         status, form = path.stat(), path.suffix.lower()
         if not stat.S_ISREG(status.st_mode):
-            raise FileError(f"{path} is a folder, a pipe or a device, and must be a file")
+            raise FileError(f"{path} is a folder, a pipe or a device, and must be a file: its size is checked first")
         if form == ".npy":
             return _Binary(files.enter_context(path.open("rb")), str(path), status.st_size, role)
         if form == ".npz":

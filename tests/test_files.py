@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -673,7 +674,7 @@ def test_files_of_other_kinds_and_one_file_alone_are_refused(run):
     Path("t.npy").write_bytes(bytes_of(LABELS))
     Path("z.pt").write_bytes(b"")
     refused(run("z.pt", "t.npy"), "z.pt must be a .npy, .npz or .csv file")
-    refused(run("/dev/zero", "t.npy"), "/dev/zero is a folder, a pipe or a device")
+    refused(run("/dev/zero", "t.npy"), "/dev/zero is a folder, a pipe or a device, and must be a file: its size is")
     write("0,1.5,2\n1,2.5,3\n", "")
     refused(run("z.csv"), "z.csv holds one array: TARGETS, a file with one class for each row, must follow it")
 
@@ -684,6 +685,21 @@ def test_names_reach_the_terminal_without_its_orders(run):
         assert said.rstrip("\n").isprintable()
         assert ascii(name)[1:-1] in said
     refused(run("z.npy", "t.npy", "--\x1b[31m"), r"unrecognized arguments: --\\x1b\[31m. --help lists the options")
+
+
+@pytest.mark.parametrize("option", ["--top", "--stren", "--head", "--ign", "--js"])
+def test_options_are_not_abbreviated(option, run):
+    Path("z.npy").write_bytes(bytes_of(LOGITS))
+    Path("t.npy").write_bytes(bytes_of(LABELS))
+    refused(run("z.npy", "t.npy", option, "1"), f"unrecognized arguments: {option}")
+
+
+def test_ctrl_c_is_status_130_without_a_word(tmp_path, monkeypatch, capsys):
+    (tmp_path / "z.npy").write_bytes(bytes_of(LOGITS))
+    (tmp_path / "t.npy").write_bytes(bytes_of(LABELS))
+    monkeypatch.setattr(ext.Tally, "add", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert main([str(tmp_path / "z.npy"), str(tmp_path / "t.npy")]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_names_may_begin_with_a_dash(run):

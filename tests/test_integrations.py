@@ -4,10 +4,14 @@ The packages are the extra `integrations`. Models are tiny and random, nothing i
 """
 
 import copy
+import functools
+import operator
 
+import numpy as np
 import pytest
 import torch
 
+from lace_loss import ext
 from lace_loss.ext.torch import LACELoss, lace_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the tools' own
@@ -77,6 +81,26 @@ def test_a_hugging_face_trainer_accumulates_micro_batches_into_the_gradient_of_t
     trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, factor=1.0)
     trainer.train()
     assert_same_weights(model.linear, expected)
+
+
+def test_dask_adds_up_the_tallies_of_a_folder_s_parts(tmp_path):
+    dask = pytest.importorskip("dask")
+    rng = np.random.default_rng(0)
+    logits, target = rng.normal(size=(700, 12)).astype(np.float32), rng.integers(0, 12, 700)
+    for i, rows in enumerate(np.array_split(np.arange(700), 6)):
+        np.save(tmp_path / f"logits-{i}.npy", logits[rows])
+        np.save(tmp_path / f"target-{i}.npy", target[rows])
+
+    def of_part(path):
+        tally = ext.Tally()
+        tally.add(np.load(path, mmap_mode="r"), np.load(path.with_name(path.name.replace("logits", "target"))))
+        return tally
+
+    parts = [dask.delayed(of_part)(path) for path in tmp_path.glob("logits-*.npy")]
+    total = dask.delayed(functools.reduce)(operator.add, parts)
+    expected = ext.evaluate(logits, target)
+    for scheduler, workers in (("synchronous", 1), ("threads", 2), ("processes", 2)):
+        assert total.compute(scheduler=scheduler, num_workers=workers).figures() == expected
 
 
 def test_a_lightning_module_trains_as_the_plain_loop():
