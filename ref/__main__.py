@@ -133,12 +133,12 @@ def check(args: argparse.Namespace) -> int:
     """Certify one port: print each level's verdict, then the likely cause of what is wrong."""
     if [args.port, args.command, args.torch].count(None) != 2:
         raise PortError("give either MODULE:FN, --torch MODULE:NAME or --command")
-    if args.product and not args.port:
+    if args.product is not None and args.port is None:
         raise PortError("--product goes with MODULE:FN")
     levels = args.levels or [level for level in LEVELS if level != "second" or args.product or args.command]
-    if "second" in levels and args.port and not args.product:
+    if "second" in levels and args.port is not None and args.product is None:
         raise PortError("the level second needs --product")
-    in_words = [name for name in (args.port, args.product) if name] or ["--torch", args.torch]
+    in_words = [name for name in (args.port, args.product) if name is not None] or ["--torch", args.torch]
     port: str | list[str] = in_words if args.command is None else args.command
     files = vectors(args.vectors, args.dtypes, levels)
     # A program is started for each file, a port in Python is imported once for all.
