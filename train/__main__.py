@@ -15,17 +15,23 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
+try:
+    import torch
+    import torch.distributed as dist
+    from tqdm import tqdm
 
-from .attack import attack, sizes
-from .config import DIGITS, Config, TrainError
-from .data import load
-from .export import export
-from .loop import Run, train
-from .processes import from_all, is_another_process, is_out_of_memory
-from .report import record_files, report
+    from .attack import attack, sizes
+    from .config import DIGITS, Config, TrainError
+    from .data import load
+    from .export import export
+    from .loop import Run, train
+    from .processes import from_all, is_another_process, is_out_of_memory
+    from .report import record_files, report
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.stderr.write(f"error: python -m lace_loss.train needs {error.name}: pip install 'lace-loss[train]'\n")
+    sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
