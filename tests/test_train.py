@@ -1504,8 +1504,6 @@ def test_a_model_or_an_image_that_cannot_be_used_is_named_by_deployed(
 def test_a_missing_package_is_named_with_the_extra_that_has_it(package: str) -> None:
     run = "runpy.run_module('lace_loss.train', run_name='__main__')"
     code = f"import runpy, sys; sys.modules[{package!r}] = None; {run}"
-        f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_module('lace_loss.train', run_name='__main__')"
-    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: python -m lace_loss.train needs {package}: pip install 'lace-loss[train]'\n"
