@@ -42,7 +42,7 @@ def forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Options]) ->
     Parameters
     ----------
     logits : (C,), (N, C) or (N, C, d1, ...) array of float32 or float64. Copied only
-        if the C values of a row, or of images the values of a plane, do not lie together.
+        if the C values of a row, or of images the values of a plane, do not lie together, or rows overlap.
     target : class indices (integers) or probabilities (floats of the logits' shape).
     options : see `Options`.
 
@@ -169,10 +169,10 @@ def _run(
     hard = indices is not None and label_smoothing == 0 and statistics is None
     planes = ndim > 2 and hard and not _ends_with_classes(logits)
     inner = n // max(1, len(logits)) if planes else 0
-    if ndim == 2 and logits.strides[1] == dtype.itemsize:
-        z, apart = logits, logits.strides[0]
-    else:
-        z, apart = np.asarray(logits, order="C") if planes else _classes_last(logits), classes * dtype.itemsize
+    z, apart, width = logits, logits.strides[0], dtype.itemsize
+    room = classes * width
+    if ndim != 2 or logits.strides[1] != width or -room < apart < room or apart % width:
+        z, apart = np.asarray(logits, order="C") if planes else _classes_last(logits), room
     rows = each = None
     above = 1.0
     if gradient is not None:
@@ -194,7 +194,7 @@ def _run(
     loss = np.empty(shape if reduction == "none" else (), dtype)
     losses = loss if reduction == "none" else None
     divisor = None if reduction == "mean" else 1.0
-    job = _cpu.Job(
+    job = _cpu.KernelCall(
         *(losses, rows, z, indices, probability, w, each, statistics, n, classes, inner, apart, dtype.itemsize),
         *(ignore_index, label_smoothing, strength, divisor, above),
     )
@@ -217,7 +217,7 @@ def _no_class(y: Array, place: list[int], first: int, classes: int) -> IndexErro
     return IndexError(f"target{shown} is {y[tuple(place)]}, not a class: 0 to {classes - 1}")
 
 
-def _in_threads(job: _cpu.Job, threads: int | None) -> int:
+def _in_threads(job: _cpu.KernelCall, threads: int | None) -> int:
     """Run the job; the first row whose class does not exist, or -1."""
     parts = job.n * job.k // _LOGITS_WORTH_A_THREAD
     if parts < 2 or (parts := min(threads or os.cpu_count() or 1, parts)) < 2:

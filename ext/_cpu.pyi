@@ -12,7 +12,7 @@ def builds() -> list[str]: ...
 def use(name: str) -> None: ...
 def in_large_pages(array: Address, size: int) -> None: ...
 
-class Job:
+class KernelCall:
     n: int
     k: int
     divisor: float
@@ -24,18 +24,18 @@ class Job:
         target: Address | None,
         probability: Address | None,
         weight: Address | None,
-        each: Address | None,
+        row_grad_outputs: Address | None,
         statistics: Sequence[Address | None] | None,
         n: int,
         k: int,
-        inner: int,
-        apart: int,
+        plane_size: int,
+        row_stride: int,
         size: int,
         ignore_index: int,
         label_smoothing: float,
         strength: float,
         divisor: float | None,
-        above: float,
+        grad_output: float,
     ) -> None: ...
     def losses(self, start: int) -> int: ...
     def run(self, start: int, stop: int) -> int: ...

@@ -9,9 +9,8 @@ from cpython.buffer cimport (
     PyBUF_C_CONTIGUOUS, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
 )
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.stddef cimport size_t
+from libc.stddef cimport ptrdiff_t, size_t
 from libc.stdint cimport int64_t
-from libc.string cimport memcpy
 
 import os
 
@@ -29,17 +28,40 @@ cdef extern from "lace.h" nogil:
         double strength
         int64_t ignore_index
 
-    ctypedef struct lace_statistics_f32:
+    ctypedef struct lace_args_f32:
+        float *loss
+        float *gradient
+        const float *logits
+        const int64_t *target
+        const float *soft_target
+        const float *scale
+        size_t scale_step, n, k
+        ptrdiff_t logits_stride
+        size_t gradient_stride
+        const lace_options_f32 *options
         float *cross_entropy
         float *probability
         int64_t *rank
         float *confidence
 
-    ctypedef struct lace_statistics_f64:
+    ctypedef struct lace_args_f64:
+        double *loss
+        double *gradient
+        const double *logits
+        const int64_t *target
+        const double *soft_target
+        const double *scale
+        size_t scale_step, n, k
+        ptrdiff_t logits_stride
+        size_t gradient_stride
+        const lace_options_f64 *options
         double *cross_entropy
         double *probability
         int64_t *rank
         double *confidence
+
+    enum:
+        LACE_NULL
 
     void lace_sum_f32(double *sum, const float *values, size_t n)
     void lace_sum_f64(double *sum, const double *values, size_t n)
@@ -48,18 +70,10 @@ cdef extern from "lace.h" nogil:
 cdef extern from "lace_builds.h" nogil:
     ctypedef struct lace_build:
         const char *name
-        int64_t (*rows_f32)(float *loss, float *gradient, const float *logits, const int64_t *target,
-                            const float *probability, const float *scale, size_t step, size_t n, size_t k,
-                            const lace_options_f32 *options, const lace_statistics_f32 *statistics) noexcept nogil
-        int64_t (*rows_f64)(double *loss, double *gradient, const double *logits, const int64_t *target,
-                            const double *probability, const double *scale, size_t step, size_t n, size_t k,
-                            const lace_options_f64 *options, const lace_statistics_f64 *statistics) noexcept nogil
-        int64_t (*columns_f32)(float *loss, float *gradient, const float *logits, const int64_t *target,
-                               const float *scale, size_t step, size_t n, size_t k, size_t stride,
-                               const lace_options_f32 *options) noexcept nogil
-        int64_t (*columns_f64)(double *loss, double *gradient, const double *logits, const int64_t *target,
-                               const double *scale, size_t step, size_t n, size_t k, size_t stride,
-                               const lace_options_f64 *options) noexcept nogil
+        int64_t (*rows_f32)(const lace_args_f32 *) noexcept nogil
+        int64_t (*columns_f32)(const lace_args_f32 *) noexcept nogil
+        int64_t (*rows_f64)(const lace_args_f64 *) noexcept nogil
+        int64_t (*columns_f64)(const lace_args_f64 *) noexcept nogil
 
     const lace_build *lace_builds(size_t *count)
 
@@ -130,14 +144,15 @@ cdef extern from *:
 
 
 cdef enum:
-    TOGETHER = 32768  # logits, in at most 32 rows: what the kernel works on side by side
-    NO_MEMORY = -4  # beside the codes of lace.h
     TO_READ = PyBUF_C_CONTIGUOUS
     TO_WRITE = PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE
 
 
 ctypedef char *Bytes
 ctypedef int64_t *Integers
+ctypedef fused Args:
+    lace_args_f32
+    lace_args_f64
 
 cdef lace_build build
 
@@ -189,88 +204,120 @@ def in_large_pages(array, size_t size):
     lace_in_large_pages(address(array, TO_READ), size)
 
 
-cdef class Job:
+cdef void advance(Args *args, size_t rows, ptrdiff_t logits, size_t gradient) noexcept nogil:
+    """Go on to a later row, whose logits and gradient are so many values further."""
+    args.loss += rows
+    args.logits += logits
+    args.scale += rows * args.scale_step
+    if args.gradient is not NULL:
+        args.gradient += gradient
+    if args.target is not NULL:
+        args.target += rows
+    if args.soft_target is not NULL:
+        args.soft_target += rows * args.k
+    if args.cross_entropy is not NULL:
+        args.cross_entropy += rows
+    if args.probability is not NULL:
+        args.probability += rows
+    if args.rank is not NULL:
+        args.rank += rows
+    if args.confidence is not NULL:
+        args.confidence += rows
+
+
+cdef class KernelCall:
     """n rows of k logits, and what is to be known of them: the arguments of lace_rows_f32 or _f64.
 
-    With `inner` they are the columns of images, each of k planes of `inner` values: for lace_columns_f32 or _f64.
-    Rows of logits start `apart` bytes apart; if there is room between them, they are brought together, a few at a time.
-    `loss` None is memory of the job's own. The gradient is multiplied by above / divisor or, if `each` is not None, each
-    row's by its factor there. `divisor` None is a mean's: the rows that count, by their classes' weights.
-    `statistics` are those of lace.h in their order, as many as are asked for, None for one that is not.
-    `keep` is whatever owns the memory: an interrupt may end the caller while another thread still runs the job.
+    With `plane_size` they are the columns of images, each of k planes of so many values: for lace_columns_f32 or _f64.
+    Rows of logits start `row_stride` bytes apart, a multiple of `size` and, of whatever sign, room for a row; where n is 1
+    it is not looked at. The others' rows lie side by side. `loss` None is memory of the call's own. The gradient is multiplied by grad_output / divisor or, if
+    `row_grad_outputs` is not None, each row's by its factor there. `divisor` None is a mean's: the rows that count, by
+    their classes' weights. `statistics` are those of lace.h in their order, as many as are asked for, None for one that
+    is not.
     """
 
-    cdef object keep
-
-    cdef Bytes loss, own, gradient, logits, probability, scale, weight, cross_entropy, q, confidence
-    cdef Integers target, rank
+    cdef object owners  # of the memory: an interrupt may end the caller while another thread still runs the call
+    cdef lace_args_f32 f32  # the arguments, where `size` is 4
+    cdef lace_args_f64 f64  # the arguments, where it is 8
+    cdef lace_options_f32 options_f32
+    cdef lace_options_f64 options_f64
+    cdef Bytes loss, owned_losses, weight
+    cdef Integers target
     cdef readonly size_t n, k
-    cdef bint described
-    cdef size_t step, size, inner
-    cdef Py_ssize_t apart
-    cdef int64_t ignore_index
-    cdef double label_smoothing, strength, unit
+    cdef size_t size, plane_size
+    cdef ptrdiff_t row_stride  # in values
+    cdef double factor  # of the gradient, where one serves all rows
+    cdef float factor_f32
     cdef readonly double divisor
-    cdef float unit_f32
 
-    def __init__(self, loss, gradient, logits, target, probability, weight, each, statistics,
-                 size_t n, size_t k, size_t inner, Py_ssize_t apart, size_t size, int64_t ignore_index,
-                 double label_smoothing, double strength, divisor, double above):
-        self.keep = (loss, gradient, logits, target, probability, weight, each, statistics)
-        self.loss = <Bytes> address(loss, TO_WRITE)
-        if loss is None:
-            self.loss = self.own = <Bytes> PyMem_RawMalloc(n * size)
-            if self.own is NULL:
-                raise MemoryError(f"no memory for {n} losses")
-        self.gradient = <Bytes> address(gradient, TO_WRITE)
-        self.logits = <Bytes> address(logits, PyBUF_STRIDES)
-        self.target = <Integers> address(target, TO_READ)
-        self.probability = <Bytes> address(probability, TO_READ)
-        self.weight = <Bytes> address(weight, TO_READ)
-        self.scale = <Bytes> address(each, TO_READ)
-        self.described = statistics is not None
-        if self.described:
-            cross_entropy, q, rank, confidence = (*statistics, None, None, None, None)[:4]
-            self.cross_entropy = <Bytes> address(cross_entropy, TO_WRITE)
-            self.q = <Bytes> address(q, TO_WRITE)
-            self.rank = <Integers> address(rank, TO_WRITE)
-            self.confidence = <Bytes> address(confidence, TO_WRITE)
-        self.n, self.k, self.inner, self.apart, self.size = n, k, inner, apart, size
-        self.ignore_index, self.label_smoothing, self.strength = ignore_index, label_smoothing, strength
-        self.divisor = 0 if divisor is None else divisor
-        self.step = each is not None
+    def __init__(self, loss, gradient, logits, target, probability, weight, row_grad_outputs, statistics,
+                 size_t n, size_t k, size_t plane_size, Py_ssize_t row_stride, size_t size, int64_t ignore_index,
+                 double label_smoothing, double strength, divisor, double grad_output):
+        cdef void *written[4]
+        cdef void *g = address(gradient, TO_WRITE)
+        cdef void *z = address(logits, PyBUF_STRIDES)
+        cdef void *y = address(probability, TO_READ)
+        cdef void *scale = address(row_grad_outputs, TO_READ)
+        cdef size_t step = row_grad_outputs is not None
+        cdef ptrdiff_t stride = plane_size
         cdef bint mean = divisor is None
         cdef unsigned long long mode
+        cdef int i
+        self.owners = (loss, gradient, logits, target, probability, weight, row_grad_outputs, statistics)
+        self.loss = <Bytes> address(loss, TO_WRITE)
+        if loss is None:
+            self.loss = self.owned_losses = <Bytes> PyMem_RawMalloc(n * size)
+            if self.owned_losses is NULL:
+                raise MemoryError(f"no memory for {n} losses")
+        self.target, self.weight = <Integers> address(target, TO_READ), <Bytes> address(weight, TO_READ)
+        for i in range(4):
+            written[i] = NULL
+        if statistics is not None:
+            for i, array in enumerate(statistics):
+                written[i] = address(array, TO_WRITE)
+        if not plane_size and n > 1:
+            self.row_stride = stride = row_stride // <ptrdiff_t> size
+        self.n, self.k, self.plane_size, self.size = n, k, plane_size, size
+        if size == 4:
+            self.f32 = lace_args_f32(<float *> self.loss, <float *> g, <float *> z, self.target, <float *> y,
+                                     <float *> scale, step, n, k, stride, plane_size, &self.options_f32,
+                                     <float *> written[0], <float *> written[1], <Integers> written[2],
+                                     <float *> written[3])
+        else:
+            self.f64 = lace_args_f64(<double *> self.loss, <double *> g, <double *> z, self.target, <double *> y,
+                                     <double *> scale, step, n, k, stride, plane_size, &self.options_f64,
+                                     <double *> written[0], <double *> written[1], <Integers> written[2],
+                                     <double *> written[3])
+        self.divisor = 0 if mean else divisor
         with nogil:
             mode = lace_default_arithmetic()
-            self.settle(mean, above)
+            self.options_f32 = lace_options_f32(<float *> self.weight, label_smoothing, strength, ignore_index)
+            self.options_f64 = lace_options_f64(<double *> self.weight, label_smoothing, strength, ignore_index)
+            if mean:
+                self.divisor = self.count(y is NULL, ignore_index)
+            if not step:
+                self.factor = grad_output / self.divisor
+                self.factor_f32 = <float> self.factor
+                self.f32.scale, self.f64.scale = &self.factor_f32, &self.factor
             lace_restore_arithmetic(mode)
 
     def __dealloc__(self):
-        PyMem_RawFree(self.own)
+        PyMem_RawFree(self.owned_losses)
 
     def losses(self, size_t start):
         """The address of row `start`'s loss."""
         return <size_t> (self.loss + start * self.size)
 
-    cdef void settle(self, bint mean, double above) noexcept nogil:
-        """The divisor of a mean, and the factor that serves all rows."""
-        if mean:
-            self.divisor = self.count()
-        if not self.step:
-            self.unit = above / self.divisor
-            self.unit_f32 = <float> self.unit
-            self.scale = <Bytes> &self.unit_f32 if self.size == 4 else <Bytes> &self.unit
-
-    cdef double count(self) noexcept nogil:
+    cdef double count(self, bint classes, int64_t ignore_index) noexcept nogil:
+        """The divisor of a mean."""
         cdef double sum = 0
         cdef size_t i
         cdef int64_t t
-        if self.probability is not NULL:
+        if not classes:
             return <double> self.n
         for i in range(self.n):
             t = lace_read_once(&self.target[i])
-            if t == self.ignore_index or t < 0 or <size_t> t >= self.k:
+            if t == ignore_index or t < 0 or <size_t> t >= self.k:
                 continue
             if self.weight is NULL:
                 sum += 1
@@ -284,85 +331,48 @@ cdef class Job:
         Raises ValueError where the kernel misses an address or cannot count so many values.
         """
         cdef unsigned long long mode
-        cdef int64_t wrong
+        cdef int64_t status
         with nogil:
             mode = lace_default_arithmetic()
-            wrong = self.blocks(start, stop)
+            status = self.run_blocks(start, stop)
             lace_restore_arithmetic(mode)
-        if wrong == NO_MEMORY:
-            raise MemoryError(f"no memory for rows of {self.k} logits")
-        if wrong < -1:
-            raise ValueError("an array is missing" if wrong == -2 else "there is no class, or more values than memory has")
-        return wrong
+        if status < 0:
+            raise ValueError(
+                "an array is missing" if status == LACE_NULL
+                else "there is no class, rows overlap, or there are more values than memory has"
+            )
+        return status - 1
 
-    cdef int64_t blocks(self, size_t start, size_t stop) noexcept nogil:
-        cdef size_t end, i, image, row = self.k * self.size, together = max(1, min(32, TOGETHER // self.k))
-        cdef int64_t wrong = -1
-        cdef Bytes near = NULL
-        if not self.inner and self.apart != <Py_ssize_t> row:
-            near = <Bytes> PyMem_RawMalloc(together * row)
-            if near is NULL:
-                return NO_MEMORY
-        while start < stop and wrong == -1:
-            if near is not NULL:
-                end = min(stop, start + together)
-                for i in range(start, end):
-                    memcpy(near + (i - start) * row, self.logits + <Py_ssize_t> i * self.apart, row)
-                wrong = self.some(start, end - start, start * self.k, near)
-            elif self.inner:
-                end = min(stop, start - start % self.inner + self.inner)
-                image = start // self.inner * self.inner * self.k + start % self.inner
-                wrong = self.some(start, end - start, image, self.logits + image * self.size)
-            else:
-                end = stop
-                wrong = self.some(start, end - start, start * self.k, self.logits + start * row)
+    cdef int64_t run_blocks(self, size_t start, size_t stop) noexcept nogil:
+        """All rows at once, or of images the columns of each; what lace.h says."""
+        cdef size_t end = stop
+        cdef int64_t status = 0
+        while start < stop and status == 0:
+            if self.plane_size:
+                end = min(stop, start - start % self.plane_size + self.plane_size)
+            status = self.run_block(start, end - start)
             start = end
-        PyMem_RawFree(near)
-        return wrong
+        return status
 
-    cdef int64_t some(self, size_t start, size_t n, size_t skip_logits, Bytes logits) noexcept nogil:
-        cdef size_t skip = start * self.size
-        cdef Bytes gradient = NULL if self.gradient is NULL else self.gradient + skip_logits * self.size
-        cdef Bytes loss = self.loss + skip
-        cdef Bytes probability = NULL if self.probability is NULL else self.probability + skip_logits * self.size
-        cdef Bytes scale = NULL if self.scale is NULL else self.scale + skip * self.step
-        cdef Integers target = NULL if self.target is NULL else self.target + start
-        cdef lace_options_f32 f32
-        cdef lace_options_f64 f64
-        cdef lace_statistics_f32 s32
-        cdef lace_statistics_f64 s64
-        cdef int64_t wrong
+    cdef int64_t run_block(self, size_t start, size_t n) noexcept nogil:
+        cdef lace_args_f32 f32
+        cdef lace_args_f64 f64
+        cdef ptrdiff_t logits = <ptrdiff_t> start * self.row_stride
+        cdef size_t gradient = start * self.k
+        cdef int64_t status
+        if self.plane_size:  # the image, and the place in its planes
+            logits = gradient = start // self.plane_size * self.plane_size * self.k + start % self.plane_size
         if self.size == 4:
-            f32.weight = <float *> self.weight
-            f32.label_smoothing, f32.strength = self.label_smoothing, self.strength
-            f32.ignore_index = self.ignore_index
-            s32.cross_entropy = NULL if self.cross_entropy is NULL else <float *> (self.cross_entropy + skip)
-            s32.probability = NULL if self.q is NULL else <float *> (self.q + skip)
-            s32.rank = NULL if self.rank is NULL else self.rank + start
-            s32.confidence = NULL if self.confidence is NULL else <float *> (self.confidence + skip)
-            if self.inner:
-                wrong = build.columns_f32(<float *> loss, <float *> gradient, <float *> logits, target,
-                                          <float *> scale, self.step, n, self.k, self.inner, &f32)
-            else:
-                wrong = build.rows_f32(<float *> loss, <float *> gradient, <float *> logits, target,
-                                       <float *> probability, <float *> scale, self.step, n, self.k, &f32,
-                                       &s32 if self.described else NULL)
+            f32 = self.f32
+            f32.n = n
+            advance(&f32, start, logits, gradient)
+            status = build.columns_f32(&f32) if self.plane_size else build.rows_f32(&f32)
         else:
-            f64.weight = <double *> self.weight
-            f64.label_smoothing, f64.strength = self.label_smoothing, self.strength
-            f64.ignore_index = self.ignore_index
-            s64.cross_entropy = NULL if self.cross_entropy is NULL else <double *> (self.cross_entropy + skip)
-            s64.probability = NULL if self.q is NULL else <double *> (self.q + skip)
-            s64.rank = NULL if self.rank is NULL else self.rank + start
-            s64.confidence = NULL if self.confidence is NULL else <double *> (self.confidence + skip)
-            if self.inner:
-                wrong = build.columns_f64(<double *> loss, <double *> gradient, <double *> logits, target,
-                                          <double *> scale, self.step, n, self.k, self.inner, &f64)
-            else:
-                wrong = build.rows_f64(<double *> loss, <double *> gradient, <double *> logits, target,
-                                       <double *> probability, <double *> scale, self.step, n, self.k, &f64,
-                                       &s64 if self.described else NULL)
-        return wrong if wrong < 0 else wrong + <int64_t> start
+            f64 = self.f64
+            f64.n = n
+            advance(&f64, start, logits, gradient)
+            status = build.columns_f64(&f64) if self.plane_size else build.rows_f64(&f64)
+        return status + <int64_t> start if status > 0 else status
 
     def reduce(self, out):
         """Write the sum of the losses, divided, to one value at `out`."""

@@ -12,10 +12,20 @@
  *         lace_row_f32(NULL, NULL, &totals, logits, target, 10);
  *     mean = totals.loss.high / totals.count;    correct = totals.top[0];
  *
- * With all options, many rows at once, in float or double: copy lace.h, lace_math.h, lace_rows.h and lace.c.
+ * With all options, many rows at once: copy lace.h, lace_math.h, lace_rows.h, lace_columns.h and lace_f32.c for float,
+ * lace_f64.c for double. In C:
  *     float logits[2][3] = {{1, 4, 2}, {0, 5, 0}}, loss[2], gradient[2][3];
- *     int64_t target[2] = {1, 0};
- *     lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 0, 2, 3, NULL, NULL);
+ *     const int64_t target[2] = {1, 0};
+ *     const int64_t status = lace_rows_f32(&(lace_args_f32){
+ *         .loss = loss, .gradient = gradient[0], .logits = logits[0], .target = target, .n = 2, .k = 3});
+ *
+ * In C++, and with options:
+ *     lace_options_f32 options = LACE_DEFAULTS;
+ *     options.label_smoothing = 0.1f;
+ *     lace_args_f32 args = {};
+ *     args.loss = loss, args.gradient = gradient[0], args.logits = logits[0], args.target = target;
+ *     args.n = 2, args.k = 3, args.options = &options;
+ *     const int64_t status = lace_rows_f32(&args);
  *
  * Compile with contraction off (-ffp-contract=off, or -std=c99 with GCC) for the same bits everywhere, and never with
  * -ffast-math. What the compiler calls must be there: nothing of libc, but on a processor without floating point its own
@@ -31,18 +41,19 @@
 extern "C" {
 #endif
 
-/* What the functions return, beside the number of the first row whose target is not allowed. Unless it is LACE_DONE,
- * nothing has been written. */
+/* What the functions return: LACE_DONE; below it what is wrong with the call; or, above it, 1 + the number of the first
+ * row whose target is not allowed. Unless it is LACE_DONE, nothing has been written. */
 enum {
-    LACE_DONE = -1,
-    LACE_NULL = -2, /* an address is missing */
-    LACE_SIZE = -3  /* no class, or more values than memory has bytes for */
+    LACE_DONE = 0,
+    LACE_NULL = -1, /* an address is missing */
+    LACE_SIZE = -2  /* no class, lines that overlap, or more values than memory has bytes for */
 };
 
 typedef struct { float high, low; } lace_pair_f32; /* their exact sum, |low| at most about an ulp of high */
 typedef struct { double high, low; } lace_pair_f64;
 
-/* Of the rows so far, all 0 before the first. A mean is high / count: low keeps what has been rounded off the sum. */
+/* Of the rows so far, all 0 before the first. A mean is high / count: low keeps what has been rounded off the sum. Once
+ * a sum is larger than the largest number, high is infinite and low NaN. */
 typedef struct {
     lace_pair_f32 loss, cross_entropy;
     size_t count;
@@ -55,7 +66,7 @@ typedef struct {
  *     totals       the row is added, or NULL
  *     logits       k values; may not overlap an output
  *     target       class index, less than k
- * Returns LACE_DONE, 0 if the target is no class, or another of the codes above. */
+ * Returns LACE_DONE, 1 if the target is no class, or another of the codes above. */
 int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const float *logits, size_t target, size_t k);
 
 typedef struct {
@@ -72,54 +83,71 @@ typedef struct {
     int64_t ignore_index;
 } lace_options_f64;
 
-/* What else is known of a row with class t, n values each, written, or NULL: -log q_t; q_t; the number of classes that
- * come before t in the order of falling logits, equal ones by index; and the largest probability of the row. An ignored
- * row has 0, 0, k and 0. */
-typedef struct {
-    float *cross_entropy;
-    float *probability;
-    int64_t *rank;
-    float *confidence;
-} lace_statistics_f32;
-
-typedef struct {
-    double *cross_entropy;
-    double *probability;
-    int64_t *rank;
-    double *confidence;
-} lace_statistics_f64;
+/* Where options begin: all 0 would be strength 0, cross entropy, and ignore class 0. */
+#define LACE_DEFAULTS {NULL, 0, 1, -100}
 
 /* Arrays are aligned to their type. Arithmetic rounds to nearest and keeps subnormal numbers, as a program starts: a thread
  * that was told otherwise (fesetround, flush-to-zero) sets it back before a call, or gets results with errors of that size.
  * Targets are checked before anything is written. What another thread writes to an array during a call may make values
  * wrong, but no address outside the arrays is ever formed from it: a class that is none by then is ignored.
- * A term larger than the largest number of its type is infinite. */
+ *
+ * At the ends of a type's range: a term larger than its largest number is infinite, so that where weights of both signs
+ * meet such terms a loss may be NaN although the exact sum is infinite. An exponential exp(z_j - max) below 2^-168 (float)
+ * or 2^-1093 (double) counts as 0, before a factor of the gradient could make it larger. */
 
-/* Loss and gradient of n rows of k >= 1 logits.
- *     loss         n values, written
- *     gradient     n*k values, written row by row, or NULL
- *     logits       n*k values, row by row; may not overlap an output
- *     target       n class indices in [0, k) or ignore_index; not read if there are probabilities
- *     probability  n*k target probabilities, or NULL
- *     scale        factors for the rows of the gradient (not of the loss), `step` values apart: 0 for one that serves all
- *                  rows; or NULL for 1
- *     options      NULL for no weights, no smoothing, strength 1, ignore_index -100
- *     statistics   or NULL; there are none for probabilities
- * Returns LACE_DONE, the number of the first row whose target is not allowed, or another of the codes above. */
-int64_t lace_rows_f32(float *loss, float *gradient, const float *logits, const int64_t *target,
-                      const float *probability, const float *scale, size_t step, size_t n, size_t k,
-                      const lace_options_f32 *options, const lace_statistics_f32 *statistics);
-int64_t lace_rows_f64(double *loss, double *gradient, const double *logits, const int64_t *target,
-                      const double *probability, const double *scale, size_t step, size_t n, size_t k,
-                      const lace_options_f64 *options, const lace_statistics_f64 *statistics);
+/* What lace_rows_ and lace_columns_ work on. A field left 0 has the default that is named here; the others are needed. A
+ * matrix of n rows of k values lies row by row for lace_rows_, class by class for lace_columns_: its lines are n rows of
+ * k values or k classes of n values. */
+typedef struct {
+    float *loss;              /* n values, written */
+    float *gradient;          /* matrix, written; NULL: it is not computed */
+    const float *logits;      /* matrix; may not overlap what is written */
+    const int64_t *target;    /* n class indices in [0, k) or ignore_index; not read if there is a soft_target */
+    const float *soft_target; /* matrix of target probabilities, without room between its rows; NULL: there are none.
+                               * lace_columns_ does not look at it. */
+    const float *scale;       /* factors for the rows of the gradient, not of the loss; NULL: 1 */
+    size_t scale_step;        /* values from a factor to the next row's; 0: one factor serves all rows */
+    size_t n;                 /* rows; 0: nothing is done */
+    size_t k;                 /* classes, at least 1 */
+    ptrdiff_t logits_stride;  /* values from where a line starts to the next one, negative where lines run backwards; 0:
+                               * they lie side by side */
+    size_t gradient_stride;   /* the same of the gradient; what lies between its lines is not written */
+    const lace_options_f32 *options; /* NULL: LACE_DEFAULTS. lace_columns_ does not look at label_smoothing. */
 
-/* The same for n columns, as images have them, where a column's classes are `stride` values apart: class j of column i is
- * at logits[j * stride + i]. For class indices without smoothing; label_smoothing is not looked at. */
-int64_t lace_columns_f32(float *loss, float *gradient, const float *logits, const int64_t *target, const float *scale,
-                         size_t step, size_t n, size_t k, size_t stride, const lace_options_f32 *options);
-int64_t lace_columns_f64(double *loss, double *gradient, const double *logits, const int64_t *target,
-                         const double *scale, size_t step, size_t n, size_t k, size_t stride,
-                         const lace_options_f64 *options);
+    /* What else is known of a row with class t: n values, written; NULL: it is not computed. An ignored row has 0, 0, k
+     * and 0. Not written by lace_columns_, nor if there is a soft_target. */
+    float *cross_entropy;     /* -log q_t */
+    float *probability;       /* q_t */
+    int64_t *rank;            /* classes that come before t in the order of falling logits, equal ones by index */
+    float *confidence;        /* the largest probability of the row */
+} lace_args_f32;
+
+typedef struct {
+    double *loss;
+    double *gradient;
+    const double *logits;
+    const int64_t *target;
+    const double *soft_target;
+    const double *scale;
+    size_t scale_step;
+    size_t n;
+    size_t k;
+    ptrdiff_t logits_stride;
+    size_t gradient_stride;
+    const lace_options_f64 *options;
+    double *cross_entropy;
+    double *probability;
+    int64_t *rank;
+    double *confidence;
+} lace_args_f64;
+
+/* Loss and gradient of n rows. Returns LACE_DONE or what is wrong, see above. */
+int64_t lace_rows_f32(const lace_args_f32 *args);
+int64_t lace_rows_f64(const lace_args_f64 *args);
+
+/* The same where class j of row i is at logits[j * logits_stride + i], as images have it, whose rows are pixels. */
+int64_t lace_columns_f32(const lace_args_f32 *args);
+int64_t lace_columns_f64(const lace_args_f64 *args);
 
 /* The sum of n values, as the exact sum of sum[0] and the much smaller sum[1]; floats are summed in double, so that the
  * mean of large ones is there although their sum is no float. */

@@ -1,4 +1,4 @@
-/* Sums and products of pairs, exp and log for one REAL: float where DIGITS is 24, double where it is 53.
+/* Sums and products of pairs, exp and log for one Real: float where DIGITS is 24, double where it is 53.
  * SPDX-License-Identifier: MIT
  *
  * The coefficients are near-minimax polynomials; tests/test_kernel.py derives them again and compares.
@@ -24,36 +24,34 @@
 #endif
 
 #if DIGITS == 24
-#define REAL float
-#define Pair lace_pair_f32
-#define BITS uint32_t
-#define SIGNED int32_t
+typedef float Real;
+typedef uint32_t Bits;
+typedef int32_t Int;
+typedef lace_pair_f32 Pair;
 #define BIAS 127
 #define ONE_BITS UINT32_C(0x3f800000)
 #define SQRT_HALF_BITS UINT32_C(0x3f3504f3)
 #define HIGH_HALF UINT32_C(0xfffff000)
-#define ROUNDER 12583103.0f           /* 1.5 * 2^23 + BIAS + RAISED: adding it rounds to an integer, held in the low bits */
-#define SMALLEST (ROUNDER - 168)      /* 2^18 exponentials below are less than 2^-150 */
-#define RAISED 64                     /* exponentials are formed 2^64 too large, clear of subnormal numbers */
-#define LOWER 5.421010862427522e-20f  /* 2^-64 */
+#define EXP_SCALE 18446744073709551616.0f /* 2^64: exponentials are formed so much too large, clear of subnormal numbers */
+#define ROUND_SHIFT 12583103.0f           /* 1.5 * 2^23 + BIAS + 64: adding it rounds to an integer, held in the low bits */
+#define EXP_UNDERFLOW (ROUND_SHIFT - 168) /* 2^18 exponentials below are less than 2^-150 */
 #define LOG2E 1.442695f
 #define LN2_HIGH 0.693145751953125f
 #define LN2_LOW 1.4286068e-06f
 #define EXP {0.5f, 0.16666667f, 0.041666456f, 0.0083333105f, 0.0013934541f, 0.0001989198f}
 #define LOG {0.6666667f, 0.40000126f, 0.28550398f, 0.23341943f}
 #else
-#define REAL double
-#define Pair lace_pair_f64
-#define BITS uint64_t
-#define SIGNED int64_t
+typedef double Real;
+typedef uint64_t Bits;
+typedef int64_t Int;
+typedef lace_pair_f64 Pair;
 #define BIAS 1023
 #define ONE_BITS UINT64_C(0x3ff0000000000000)
 #define SQRT_HALF_BITS UINT64_C(0x3fe6a09e667f3bcd)
 #define HIGH_HALF UINT64_C(0xfffffffff8000000)
-#define ROUNDER 6755399441056895.0
-#define SMALLEST (ROUNDER - 1093)
-#define RAISED 128
-#define LOWER 2.938735877055719e-39
+#define EXP_SCALE 340282366920938463463374607431768211456.0 /* 2^128 */
+#define ROUND_SHIFT 6755399441056895.0
+#define EXP_UNDERFLOW (ROUND_SHIFT - 1093)
 #define LOG2E 1.4426950408889634
 #define LN2_HIGH 0.6931471805592082
 #define LN2_LOW 7.371002565167799e-13
@@ -65,59 +63,45 @@
     {0.6666666666666666, 0.4000000000000094, 0.2857142857076445, 0.2222222240054776, 0.181817947008978,          \
      0.15386290534658992, 0.13267418596474884, 0.1310072138350349}
 /* Negative, and so an error, with -fsingle-precision-constant. */
-typedef char NAME(lace_constants_are_double)[sizeof 1.0 == sizeof(double) ? 1 : -1];
+typedef char lace_constants_are_double[sizeof 1.0 == sizeof(double) ? 1 : -1];
 #endif
+#define EXP_UNSCALE (1 / EXP_SCALE) /* exact */
 #define MANTISSA (DIGITS - 1)
 
-#define bits_of NAME(bits_of)
-#define from_bits NAME(from_bits)
-#define finite NAME(finite)
-#define two_sum NAME(two_sum)
-#define two_product NAME(two_product)
-#define pair_sum NAME(pair_sum)
-#define pair_product NAME(pair_product)
-#define pair_quotient NAME(pair_quotient)
-#define horner NAME(horner)
-#define reduce NAME(reduce)
-#define tail NAME(tail)
-#define raise NAME(raise)
-#define exponential NAME(exponential)
-#define log_1_plus NAME(log_1_plus)
-
-static inline BITS bits_of(REAL x)
+static inline Bits bits_of(Real x)
 {
-    union { REAL real; BITS bits; } u;
+    union { Real real; Bits bits; } u;
     u.real = x;
     return u.bits;
 }
 
-static inline REAL from_bits(BITS b)
+static inline Real from_bits(Bits b)
 {
-    union { BITS bits; REAL real; } u;
+    union { Bits bits; Real real; } u;
     u.bits = b;
     return u.real;
 }
 
-static inline int finite(REAL x)
+static inline int is_finite(Real x)
 {
     return x - x == 0;
 }
 
-static inline Pair two_sum(REAL a, REAL b)
+static inline Pair two_sum(Real a, Real b)
 {
-    REAL s = a + b, b_in_s = s - a;
+    Real s = a + b, b_in_s = s - a;
     Pair p = {s, (a - (s - b_in_s)) + (b - b_in_s)};
     return p;
 }
 
-static inline Pair two_product(REAL a, REAL b)
+static inline Pair two_product(Real a, Real b)
 {
 #ifdef FUSED
     Pair r = {a * b, FUSED(a, b, -(a * b))};
 #else
-    REAL a1 = from_bits(bits_of(a) & HIGH_HALF), a0 = a - a1;
-    REAL b1 = from_bits(bits_of(b) & HIGH_HALF), b0 = b - b1;
-    REAL p = a * b;
+    Real a1 = from_bits(bits_of(a) & HIGH_HALF), a0 = a - a1;
+    Real b1 = from_bits(bits_of(b) & HIGH_HALF), b0 = b - b1;
+    Real p = a * b;
     Pair r = {p, ((a1 * b1 - p) + a1 * b0 + a0 * b1) + a0 * b0};
 #endif
     return r;
@@ -127,12 +111,12 @@ static inline Pair two_product(REAL a, REAL b)
 static inline void pair_sum(Pair *to, const Pair *a, const Pair *b)
 {
     Pair s = two_sum(a->high, b->high);
-    REAL low = s.low + (a->low + b->low);
+    Real low = s.low + (a->low + b->low);
     *to = two_sum(s.high, low == low ? low : 0);
 }
 
 /* to = a b, which is returned rounded. */
-static inline REAL pair_product(Pair *to, const Pair *a, const Pair *b)
+static inline Real pair_product(Pair *to, const Pair *a, const Pair *b)
 {
     Pair p = two_product(a->high, b->high);
     p.low += a->high * b->low + a->low * b->high;
@@ -143,65 +127,65 @@ static inline REAL pair_product(Pair *to, const Pair *a, const Pair *b)
 /* to = a / b for b from 1 on. With one division, a compiler that takes reciprocals for quotients changes nothing. */
 static inline void pair_quotient(Pair *to, const Pair *a, const Pair *b)
 {
-    REAL inverse = 1 / b->high, q = a->high * inverse;
+    Real inverse = 1 / b->high, q = a->high * inverse;
     Pair p = two_product(q, b->high);
     to->low = (((a->high - p.high) - p.low) + (a->low - q * b->low)) * inverse;
     to->high = q;
 }
 
-static inline REAL horner(const REAL *c, int n, REAL x)
+static inline Real horner(const Real *c, int n, Real x)
 {
-    REAL y = c[n - 1];
+    Real y = c[n - 1];
     for (int i = n - 2; i >= 0; i--) y = y * x + c[i];
     return y;
 }
 
-/* d = r + n log 2 with |r| < 0.35 takes its place: r comes back as a pair, n as the last bits of what is returned. */
-static inline REAL reduce(Pair *d)
+/* d = r + n log 2 with |r| < 0.35: r takes the place of d, n comes back as the last bits of what is returned. */
+static inline Real exp_reduce(Pair *d)
 {
-    REAL shifted = d->high * LOG2E + ROUNDER, n = shifted - ROUNDER;
+    Real shifted = d->high * LOG2E + ROUND_SHIFT, n = shifted - ROUND_SHIFT;
     d->high -= n * LN2_HIGH; /* exact */
     d->low -= n * LN2_LOW;
     return shifted;
 }
 
-/* e^x - 1 - x of what `reduce` leaves */
-static inline REAL tail(Pair r)
+/* e^r - 1 - r of what `exp_reduce` leaves */
+static inline Real exp_tail(Pair r)
 {
-    static const REAL c[] = EXP;
-    REAL x = r.high + r.low;
+    static const Real c[] = EXP;
+    Real x = r.high + r.low;
     return x * x * horner(c, sizeof c / sizeof *c, x);
 }
 
-/* 2^RAISED exp(d) from what `reduce` makes of it, and its tail p; 0 from -inf, NaN from NaN. */
-static inline REAL raise(Pair r, REAL p, REAL shifted)
+/* EXP_SCALE exp(d) from what `exp_reduce` leaves and returns, and from the tail; 0 from -inf, NaN from NaN. */
+static inline Real exp_finish(Pair r, Real tail, Real shifted)
 {
-    REAL one_r = 1 + r.high;
-    REAL y = one_r + ((r.high - (one_r - 1)) + (r.low + p)); /* with what 1 + r has lost */
-    return shifted < SMALLEST ? 0 : y * from_bits(bits_of(shifted) << MANTISSA); /* what else it holds is shifted out */
+    Real one_r = 1 + r.high;
+    Real y = one_r + ((r.high - (one_r - 1)) + (r.low + tail)); /* with what 1 + r has lost */
+    return shifted < EXP_UNDERFLOW ? 0 : y * from_bits(bits_of(shifted) << MANTISSA); /* other bits are shifted out */
 }
 
-/* 2^RAISED exp(d); 0 for -inf, NaN for NaN. */
-static inline REAL exponential(Pair d)
+/* EXP_SCALE exp(d); 0 for -inf, NaN for NaN. */
+static inline Real exponential(Pair d)
 {
-    REAL shifted = reduce(&d);
-    return raise(d, tail(d), shifted);
+    Real shifted = exp_reduce(&d);
+    return exp_finish(d, exp_tail(d), shifted);
 }
 
 /* to = log(1 + x) for x >= 0, good to about 2^-28 (float) or 2^-58 (double) of itself. `to` may be `x`. */
 static inline void log_1_plus(Pair *to, const Pair *x)
 {
-    static const REAL c[] = LOG;
-    REAL u = 1 + x->high;
-    SIGNED k = (SIGNED)((bits_of(u) + (ONE_BITS - SQRT_HALF_BITS)) >> MANTISSA) - BIAS; /* u / 2^k in sqrt 1/2 .. sqrt 2 */
-    REAL down = from_bits((BITS)(BIAS - k) << MANTISSA), n = (REAL)k;
+    static const Real c[] = LOG;
+    Real u = 1 + x->high;
+    Int k = (Int)((bits_of(u) + (ONE_BITS - SQRT_HALF_BITS)) >> MANTISSA) - BIAS; /* u / 2^k in sqrt 1/2 .. sqrt 2 */
+    Real down = from_bits((Bits)(BIAS - k) << MANTISSA), n = (Real)k;
     Pair s = two_sum(down - 1, down * x->high);
     s.low += down * x->low;
     to->high = 2;
     to->low = 0;
     pair_sum(to, to, &s);
     pair_quotient(&s, &s, to);
-    REAL s2 = s.high * s.high;
+    Real s2 = s.high * s.high;
     to->high = 2 * s.high;
     to->low = 2 * s.low + s.high * s2 * horner(c, sizeof c / sizeof *c, s2);
     s.high = n * LN2_HIGH;

@@ -3,7 +3,6 @@
 #include "lace.h"
 
 #define DIGITS 24
-#define NAME(x) x##_f32
 #if defined(__FP_FAST_FMAF) && __ARM_ARCH_PROFILE == 'M'
 #define FUSED __builtin_fmaf /* saves 100 bytes; other bits only where the low part of a product underflows, below 2^-102 */
 #endif
@@ -13,11 +12,11 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
 {
     static const Pair one = {1, 0};
     if (!logits) return LACE_NULL;
-    if (target >= k) return k == 0 ? LACE_SIZE : 0;
+    if (target >= k) return k == 0 ? LACE_SIZE : 1;
     const float z = logits[target];
     float max = logits[0], high = 0, low = 0;
     size_t rank = 0;
-    Pair K = {0, 0}; /* at first exp(z - max) */
+    Pair K = {0, 0}; /* K = exp(z - max) */
     for (size_t j = 0; j < k; j++)
         if (logits[j] > max) max = logits[j];
     for (size_t j = 0; j < k; j++) {
@@ -25,7 +24,7 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
         const float e = exponential(s);
         if (gradient) gradient[j] = e;
         if (j == target) {
-            K.high = e * LOWER;
+            K.high = e * EXP_UNSCALE;
         } else {
             if (!(logits[j] < z) && (j < target || logits[j] != z)) rank++; /* NaN counts as larger */
             s = two_sum(high, e);
@@ -34,33 +33,34 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
         }
     }
 
-    Pair others = two_sum(high * LOWER, low * LOWER), p, inverse, n;
-    /* p holds other sums first, as K held e_t: fewer pairs, less stack. Set apart: a copy would call memcpy on a Cortex-M0. */
-    p.high = others.high;
+    /* Pairs hold one value after another: fewer pairs, less stack. Values go over one by one: a copy would call memcpy on
+     * a Cortex-M0. */
+    Pair others = two_sum(high * EXP_UNSCALE, low * EXP_UNSCALE), p, inverse, n;
+    p.high = others.high; /* p = the sum of all exponentials but the largest, which is exactly 1 */
     p.low = others.low;
     p.high -= max - max; /* NaN beside +inf */
-    if (z < max) { /* without the largest term, which is exactly 1 */
+    if (z < max) {
         p.high -= 1;
         pair_sum(&p, &p, &K);
     }
     log_1_plus(&n, &p);
-    pair_sum(&p, &p, &one);
+    pair_sum(&p, &p, &one);                  /* p = the sum of all */
     pair_quotient(&inverse, &one, &p);
-    p = two_sum(max, -z);
+    p = two_sum(max, -z);                    /* p = max - z */
     pair_sum(&n, &p, &n);                    /* n = -log q */
     pair_product(&p, &others, &inverse);     /* p = 1 - q */
-    pair_product(&K, &K, &inverse);          /* q */
-    pair_product(&K, &K, &n);
-    float l = pair_product(&others, &p, &n); /* the loss */
+    pair_product(&K, &K, &inverse);          /* K = q */
+    pair_product(&K, &K, &n);                /* K = q n */
+    float l = pair_product(&others, &p, &n); /* others = the loss */
     if (n.high > FLT_MAX) {
         l = n.high;
         K.high = K.low = 0; /* the limit of q n */
     }
     if (loss) *loss = l;
-    pair_sum(&K, &K, &p);
+    pair_sum(&K, &K, &p);                    /* K = 1 - q + q n */
     if (gradient) {
         const float factor = pair_product(&inverse, &K, &inverse);
-        for (size_t j = 0; j < k; j++) gradient[j] = gradient[j] * factor * LOWER;
+        for (size_t j = 0; j < k; j++) gradient[j] = gradient[j] * factor * EXP_UNSCALE;
         gradient[target] = -pair_product(&K, &K, &p);
     }
     if (totals) {

@@ -400,7 +400,7 @@ def _usual(
     if g is not None and n * k >= _LARGE:
         _cpu.in_large_pages(g, g.nbytes)
     options = (ignore_index, 0.0, strength, None, 1.0)
-    job = _cpu.Job(None, g, input, target, None, None, None, None, n, k, 0, k * size, size, *options)
+    job = _cpu.KernelCall(None, g, input, target, None, None, None, None, n, k, 0, k * size, size, *options)
     wrong = job.run(0, n) if n * k < _WORTH_THREADS else _in_threads(job, torch.get_num_threads())
     if wrong >= 0:
         _refuse_target(target, k, ignore_index)
@@ -635,7 +635,7 @@ def _by_kernel(
 
     options = (loss.element_size(), ignore_index, label_smoothing, strength)
     apart, divisor = z.stride(0) * z.element_size(), None if reduction == "mean" else 1.0
-    whole = _cpu.Job(losses, g, z, t, y, w, each, stats, n, k, inner, apart, *options, divisor, above)
+    whole = _cpu.KernelCall(losses, g, z, t, y, w, each, stats, n, k, inner, apart, *options, divisor, above)
     if z.dtype == dtype:
         wrong = _in_threads(whole, threads)
     else:
@@ -645,7 +645,7 @@ def _by_kernel(
             g_part = None if g is None else torch.empty_like(z_part)
             t_part, y_part, each_part = (None if x is None else x[part] for x in (t, y, each))
             given = (whole.losses(part.start), g_part, z_part, t_part, y_part, w, each_part, stats_part)
-            job = _cpu.Job(*given, len(z_part), k, 0, k * options[0], *options, whole.divisor, above)
+            job = _cpu.KernelCall(*given, len(z_part), k, 0, k * options[0], *options, whole.divisor, above)
             wrong = max(wrong, _in_threads(job, threads))
             if g is not None and g_part is not None:
                 g[part] = g_part

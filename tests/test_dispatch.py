@@ -58,8 +58,8 @@ def at(device):
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Grows by one whenever a kernel runs."""
-    calls, job = [], lace_torch._cpu.Job
-    monkeypatch.setattr(lace_torch._cpu, "Job", lambda *args: calls.append(1) or job(*args))
+    calls, job = [], lace_torch._cpu.KernelCall
+    monkeypatch.setattr(lace_torch._cpu, "KernelCall", lambda *args: calls.append(1) or job(*args))
     if lace_torch._has_triton():
         gpu = importlib.import_module("lace_loss.ext.gpu")
         launch = gpu._launch

@@ -77,9 +77,9 @@ def folder(tmp_path_factory):
 
     bounds = [f"-D{name}={value}" for name, value in BOUNDS.items()]
     made("gcc", "-O2", *STRICT, *bounds, "-c", FUZZ / "exact.c", cwd=folder)
-    sources = [EXT / "lace.c", EXT / "lace_builds.c"]
+    sources = [EXT / "lace_f32.c", EXT / "lace_f64.c", EXT / "lace_builds.c", *(EXT / "builds").glob("*.c")]
     made("gcc", *FAST, *STRICT, "-c", *sources, cwd=folder)
-    made("ld", "-r", "lace.o", "lace_builds.o", "-o", "builds.o", cwd=folder)
+    made("ld", "-r", *(f"{source.stem}.o" for source in sources), "-o", "builds.o", cwd=folder)
     made("objcopy", "--keep-global-symbol=lace_builds", "builds.o", cwd=folder)
     for target in TARGETS:
         corpus = folder / target
@@ -98,7 +98,8 @@ def program(folder):
     def built(target, *flags, kernel=EXT, name=""):
         path = folder / f"{target}-{name or flags[-1].strip('-')}"
         others = [] if "-DALONE" in flags else [folder / "builds.o"]
-        sources = [FUZZ / f"{target}.c", kernel / "lace.c", kernel / "lace_row.c", folder / "exact.o", *others]
+        sources = [kernel / name for name in ("lace_f32.c", "lace_f64.c", "lace_row.c")]
+        sources += [FUZZ / f"{target}.c", folder / "exact.o", *others]
         made(*CLANG, *flags, f"-I{kernel}", *sources, quadmath, "-lm", "-o", path)
         return path
 
@@ -154,7 +155,7 @@ def test_known_inputs_run_every_line(program, folder):
     objects = [word for other in others for word in ("-object", other)]
     covered = [first, *objects, "-instr-profile=all.profile", "-summary-only", EXT]
     files = json.loads(made("llvm-cov", "export", *covered, cwd=folder))["data"][0]["files"]
-    for name in ("lace_rows.h", "lace_math.h", "lace_row.c"):
+    for name in ("lace_rows.h", "lace_columns.h", "lace_math.h", "lace_row.c"):
         (summary,) = (file["summary"] for file in files if Path(file["filename"]).name == name)
         of = ", ".join(
             f"{summary[what]['covered']} of {summary[what]['count']} {what}" for what in ("lines", "branches")
@@ -164,7 +165,7 @@ def test_known_inputs_run_every_line(program, folder):
 
 
 def test_short_rows_are_within_the_contract_for_every_float(folder):
-    sources = [FUZZ / "exhaustive.c", EXT / "lace_row.c", EXT / "lace.c", folder / "builds.o"]
+    sources = [FUZZ / "exhaustive.c", EXT / "lace_row.c", folder / "builds.o"]
     made("gcc", "-std=gnu11", *FAST, *STRICT, "-fopenmp", f"-I{EXT}", *sources, "-lm", "-o", "exhaustive", cwd=folder)
     said = made(folder / "exhaustive", str(STEP), env={**os.environ, "OMP_WAIT_POLICY": "passive"})
     print(said, end="")
@@ -177,12 +178,13 @@ def test_short_rows_are_within_the_contract_for_every_float(folder):
 MISTAKES = {
     "the search for the largest logit stops at a NaN": (
         "lace_rows.h",
-        "z[top[r]] != rows->max[r]",
-        "z[top[r]] < rows->max[r]",
+        "z[top[r]] != sums->max[r]",
+        "z[top[r]] < sums->max[r]",
         "rows",
     ),
-    "columns may overlap": ("lace_rows.h", "k == 0 || n > stride ||", "k == 0 ||", "rows"),
-    "class k is allowed": ("lace_rows.h", "(uint64_t)target[i] >= k))", "(uint64_t)target[i] > k))", "rows"),
+    "lines may overlap": ("lace_rows.h", "gradient_stride < length", "0", "rows"),
+    "rows are taken to lie side by side": ("lace_rows.h", "(ptrdiff_t)i * job->logits_stride", "i * job->k", "rows"),
+    "class k is allowed": ("lace_rows.h", "(uint64_t)t >= args->k))", "(uint64_t)t > args->k))", "rows"),
     "one value is written past a row": (
         "lace_rows.h",
         "for (size_t j = 0; j < k; j++) row[j] =",
@@ -203,7 +205,7 @@ MISTAKES = {
     ),
     "an ignored row's gradient is not written": (
         "lace_rows.h",
-        "for (size_t j = 0; gradient && j < k; j++) gradient[i * k + j] = nothing;",
+        "for (size_t j = 0; row && j < k; j++) row[j] = zero;",
         "",
         "rows",
     ),

@@ -296,7 +296,7 @@ def test_an_array_at_address_0_is_refused_on_every_argument():
 
 def test_every_code_of_the_kernel_is_looked_at():
     losses, z = np.zeros(2, np.float32), np.zeros((2, 3), np.float32)
-    job = _cpu.Job(losses, None, z, None, None, None, None, None, 2, 3, 0, 12, 4, -100, 0.0, 1.0, 1.0, 1.0)
+    job = _cpu.KernelCall(losses, None, z, None, None, None, None, None, 2, 3, 0, 12, 4, -100, 0.0, 1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="missing"):
         job.run(0, 2)
 

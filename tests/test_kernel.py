@@ -11,7 +11,7 @@ import mpmath
 import numpy as np
 import pytest
 import tolerances
-from test_machines import BITS, PORT
+from test_machines import BITS, PORT, SOURCES
 
 from lace_loss import ref
 from lace_loss.ref.__main__ import main as check
@@ -25,7 +25,7 @@ def constants():
     text = (EXT / "lace_math.h").read_text().replace("\\\n", "")
     found = {}
     for name, value in re.findall(
-        r"^#define (EXP|LOG|LN2_HIGH|LN2_LOW|LOG2E|LOWER|ROUNDER) +(\{.*?\}|\S+)", text, re.M
+        r"^#define (EXP|LOG|LN2_HIGH|LN2_LOW|LOG2E|EXP_SCALE|ROUND_SHIFT) +(\{.*?\}|\S+)", text, re.M
     ):
         numbers = [float(number) for number in re.findall(r"-?[\d.]+(?:e-?\d+)?", value)]
         found.setdefault(name, []).append(numbers)
@@ -67,8 +67,9 @@ def test_log_2_comes_apart_so_that_its_multiples_are_exact(which, dtype, largest
     for n in range(largest_exponent):
         assert float(dtype(n) * dtype(high)) == mpmath.mpf(high) * n
     assert dtype(low) == dtype(float(mpmath.log(2) - high))
-    assert constants()["LOWER"][which] == [2.0 ** {0: -64, 1: -128}[which]]
-    assert constants()["ROUNDER"][which] == [1.5 * 2.0 ** np.finfo(dtype).nmant + {0: 127 + 64, 1: 1023 + 128}[which]]
+    assert constants()["EXP_SCALE"][which] == [2.0 ** {0: 64, 1: 128}[which]]
+    shift = 1.5 * 2.0 ** np.finfo(dtype).nmant + {0: 127 + 64, 1: 1023 + 128}[which]
+    assert constants()["ROUND_SHIFT"][which] == [shift]
 
 
 # mpmath: losses 0.0265308425..., 4.9800551351...; -log q_t 0.169846..., q_t 0.843794...; of two zeros the first leads;
@@ -81,10 +82,21 @@ int main(void)
     int64_t target[2] = {1, 0}, wrong[2] = {1, 3};
     float cross_entropy[2], probability[2], confidence[2];
     int64_t rank[2];
-    lace_statistics_f32 statistics = {cross_entropy, probability, rank, confidence};
-    if (lace_rows_f32(loss, gradient[0], logits[0], wrong, NULL, NULL, 0, 2, 3, NULL, &statistics) != 1) return 1;
+    static lace_args_f32 args;
+    args.loss = loss;
+    args.gradient = gradient[0];
+    args.logits = logits[0];
+    args.target = wrong;
+    args.n = 2;
+    args.k = 3;
+    args.cross_entropy = cross_entropy;
+    args.probability = probability;
+    args.rank = rank;
+    args.confidence = confidence;
+    if (lace_rows_f32(&args) != 2) return 1;
     if (loss[0] != -1) return 2;
-    if (lace_rows_f32(loss, gradient[0], logits[0], target, NULL, NULL, 0, 2, 3, NULL, &statistics) != -1) return 3;
+    args.target = target;
+    if (lace_rows_f32(&args)) return 3;
     if (!(loss[0] > 0.0265308f && loss[0] < 0.0265309f)) return 4;
     if (!(loss[1] > 4.98005f && loss[1] < 4.98006f)) return 5;
     if (!(cross_entropy[0] > 0.16984f && cross_entropy[0] < 0.16985f)) return 6;
@@ -94,7 +106,7 @@ int main(void)
     static lace_totals_f32 totals;
     float alone[2];
     for (int i = 0; i < 2; i++)
-        if (lace_row_f32(&alone[i], NULL, &totals, logits[i], (size_t)target[i], 3) != LACE_DONE) return 9;
+        if (lace_row_f32(&alone[i], NULL, &totals, logits[i], (size_t)target[i], 3)) return 9;
     if (alone[0] != loss[0] || alone[1] != loss[1] || totals.count != 2 || totals.top[0] != 1) return 10;
     return 0;
 }
@@ -110,10 +122,43 @@ def test_a_program_in_c_or_c_plus_plus_compiles_without_a_warning_and_runs(compi
     if not shutil.which(compiler):
         pytest.skip(f"no {compiler} on this machine")
     (tmp_path / "main.c").write_text(PROGRAM)
-    sources = [tmp_path / "main.c", EXT / "lace.c", EXT / "lace_row.c"]
+    sources = [tmp_path / "main.c", *SOURCES, EXT / "lace_row.c"]
     command = [compiler, language, *STRICT, "-O2", f"-I{EXT}", *sources, "-o", tmp_path / "program"]
     subprocess.run(command, check=True)
     assert subprocess.run([tmp_path / "program"]).returncode == 0
+
+
+def example(language):
+    """Lines of the program that lace.h shows for many rows."""
+    text = (EXT / "lace.h").read_text()
+    return "\n".join(re.findall(r"^ \*     (.*)", text[text.index(f"In {language}") :].split("\n *\n")[0], re.M))
+
+
+# What users may have set for their own code, which lace.h and its examples become a part of.
+USERS = [*STRICT, "-Wmissing-field-initializers", "-Wsign-conversion", "-Wshadow", "-Wcast-qual", "-Wundef"]
+ALL_OF_CLANG = {"-std=c99": ["-Weverything", "-Wno-declaration-after-statement"], "-xc++": ["-Wc++11-compat"]}
+
+
+@pytest.mark.parametrize("language", ["-std=c99", "-xc++"])
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_the_header_s_examples_compile_without_a_warning_and_are_right(compiler, language, tmp_path):
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler} on this machine")
+    lines, smoothing = example("C:"), 0.0
+    if language == "-xc++":
+        lines, smoothing = "\n".join([*lines.splitlines()[:2], example("C++")]), 0.1
+    show = r'printf("%.9g %.9g %lld\n", (double)loss[0], (double)loss[1], (long long)status);'
+    program = f'#include "lace.h"\n#include <stdio.h>\nint main(void)\n{{\n{lines}\n{show}\nreturn 0;\n}}\n'
+    (tmp_path / "main.c").write_text(program)
+    objects = [tmp_path / f"{source.stem}.o" for source in SOURCES]
+    for source, made in zip(SOURCES, objects, strict=True):
+        subprocess.run(["gcc", "-O2", "-ffp-contract=off", "-c", source, "-o", made], check=True)
+    users = [*USERS, *(ALL_OF_CLANG[language] if compiler == "clang" else [])]
+    subprocess.run([compiler, language, *users, f"-I{EXT}", "-c", "main.c", "-o", "main.o"], cwd=tmp_path, check=True)
+    subprocess.run(["gcc", "main.o", *objects, "-o", "program"], cwd=tmp_path, check=True)
+    said = subprocess.run([tmp_path / "program"], capture_output=True, text=True, check=True).stdout
+    loss = ref.forward([[1, 4, 2], [0, 5, 0]], [1, 0], reduction="none", label_smoothing=smoothing)
+    assert [float(word) for word in said.split()] == pytest.approx([*loss, DONE], rel=2**-20)
 
 
 UNSAFE = [
@@ -132,11 +177,11 @@ SAME_BITS["clang"] -= {"-Ofast", "-ffp-model=fast"}
 
 
 def kernel(compiler, folder, *flags, target=()):
-    """Object files of both sources, or what the compiler says against one."""
+    """Object files of all sources, that of one row last, or what the compiler says against one."""
     objects = []
-    for source in ("lace.c", "lace_row.c"):
-        objects.append(folder / f"{source}.o")
-        command = [compiler, *target, "-O2", *flags, f"-I{EXT}", "-c", EXT / source, "-o", objects[-1]]
+    for source in (*SOURCES, EXT / "lace_row.c"):
+        objects.append(folder / f"{source.name}.o")
+        command = [compiler, *target, "-O2", *flags, f"-I{EXT}", "-c", source, "-o", objects[-1]]
         made = subprocess.run(command, capture_output=True, text=True)
         if made.returncode:
             return made.stderr
@@ -146,7 +191,7 @@ def kernel(compiler, folder, *flags, target=()):
 def bits(objects, folder, gcc="gcc", run=()):
     """A hash of the bits of all results."""
     (folder / "bits.c").write_text(BITS)
-    program = [folder / "bits.c", objects[0], "-o", folder / "bits"]
+    program = [folder / "bits.c", *objects[:2], "-o", folder / "bits"]
     subprocess.run([gcc, "-static", "-ffp-contract=off", f"-I{EXT}", *program], check=True)
     return subprocess.run([*run, folder / "bits"], capture_output=True, text=True, check=True).stdout
 
@@ -170,8 +215,8 @@ def test_no_part_of_fast_math_makes_a_wrong_kernel(compiler, flags, plain_bits, 
         return
     assert isinstance(made, list), made
     assert bits(made, tmp_path) == plain_bits
-    for dtype, row in (("f32", []), ("f32", ["-DROW"]), ("f64", ["-DF64"])):
-        program = [*row, PORT, made[bool(row) and dtype == "f32"], "-o", tmp_path / "port"]
+    for made_of, dtype, row in zip(made, ("f32", "f64", "f32"), ([], ["-DF64"], ["-DROW"]), strict=True):
+        program = [*row, PORT, made_of, "-o", tmp_path / "port"]
         subprocess.run(["gcc", "-std=c99", "-O2", "-ffp-contract=off", f"-I{EXT}", *program], check=True)
         levels = ["core", "gradient", *([] if row == ["-DROW"] else ["batch", "layout"])]
         assert check(["check", "--command", str(tmp_path / "port"), "--dtypes", dtype, "--levels", *levels]) == 0
@@ -202,7 +247,7 @@ def test_constants_that_are_not_double_are_refused(tmp_path):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("source", ["lace.c", "lace_row.c"])
+@pytest.mark.parametrize("source", ["lace_f32.c", "lace_f64.c", "lace_row.c"])
 def test_arithmetic_that_is_not_ieee_is_refused(source, flags, message):
     command = ["gcc", *flags, "-ffreestanding", "-fsyntax-only", EXT / source]
     made = subprocess.run(command, capture_output=True, text=True)
@@ -212,9 +257,9 @@ def test_arithmetic_that_is_not_ieee_is_refused(source, flags, message):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """lace_row.c and lace.c for ctypes."""
+    """lace_row.c and the files for many rows, for ctypes."""
     path = tmp_path_factory.mktemp("library") / "lace.so"
-    sources = [EXT / "lace_row.c", EXT / "lace.c"]
+    sources = [EXT / "lace_row.c", *SOURCES]
     subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-ffp-contract=off", *sources, "-o", path], check=True)
     library = ctypes.CDLL(str(path))
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
@@ -222,9 +267,26 @@ def library(tmp_path_factory):
     for dtype in ("f32", "f64"):
         rows, columns = getattr(library, f"lace_rows_{dtype}"), getattr(library, f"lace_columns_{dtype}")
         rows.restype = columns.restype = ctypes.c_int64
-        rows.argtypes = [pointer] * 6 + [size] * 3 + [pointer] * 2
-        columns.argtypes = [pointer] * 5 + [size] * 4 + [pointer]
+        rows.argtypes = columns.argtypes = [pointer]
     return library
+
+
+class Args(ctypes.Structure):
+    """lace_args_f32 or lace_args_f64, which differ in what they point at."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("loss", "gradient", "logits", "target", "soft_target", "scale")),
+        *((name, ctypes.c_size_t) for name in ("scale_step", "n", "k")),
+        ("logits_stride", ctypes.c_ssize_t),
+        ("gradient_stride", ctypes.c_size_t),
+        *((name, ctypes.c_void_p) for name in ("options", "cross_entropy", "probability", "rank", "confidence")),
+    )
+
+
+def called(function, **fields):
+    """Result of a function of lace.h, given arrays, numbers and None for the fields of its arguments."""
+    given = {name: value.ctypes.data if isinstance(value, np.ndarray) else value for name, value in fields.items()}
+    return function(ctypes.byref(Args(**given)))
 
 
 class Totals(ctypes.Structure):
@@ -236,7 +298,7 @@ class Totals(ctypes.Structure):
     )
 
 
-DONE, NULL, SIZE = -1, -2, -3
+DONE, NULL, SIZE = 0, -1, -2
 STATISTICS = ("cross_entropy", "probability", "rank", "confidence")
 
 
@@ -252,8 +314,8 @@ def test_one_row_has_the_bits_of_a_column(library):
             z[target] += np.float32(rng.uniform(-110, 110))
         one, column = np.empty((2, 1 + k), np.float32)
         alone = np.empty(1, np.float32)
-        at = column.ctypes.data
-        library.lace_columns_f32(at, at + 4, z.ctypes.data, target.ctypes.data, None, 0, 1, k, 1, None)
+        arguments = {"loss": column, "gradient": column[1:], "logits": z, "target": target}
+        assert called(library.lace_columns_f32, **arguments, n=1, k=k) == DONE
         at = one.ctypes.data
         assert library.lace_row_f32(at, at + 4, None, z.ctypes.data, target[0], k) == DONE
         assert library.lace_row_f32(alone.ctypes.data, None, None, z.ctypes.data, target[0], k) == DONE
@@ -291,7 +353,7 @@ def test_an_infinite_loss_makes_the_mean_infinite_and_nan_ranks_as_larger(librar
     assert list(totals.top) == [0, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("k_target", [(0, 0, SIZE), (3, 3, 0), (3, 2**32, 0), (3, 2**64 - 1, 0)], ids=str)
+@pytest.mark.parametrize("k_target", [(0, 0, SIZE), (3, 3, 1), (3, 2**32, 1), (3, 2**64 - 1, 1)], ids=str)
 def test_one_row_that_cannot_be_worked_on_is_refused_and_nothing_is_written(library, k_target):
     k, target, code = k_target
     z, out, totals = np.zeros(3, np.float32), np.full(4, 7, np.float32), Totals()
@@ -310,10 +372,9 @@ def test_each_of_the_statistics_is_written_where_it_is_asked_for(dtype, library)
 
     def found(*asked):
         arrays = [np.full(50, 9, np.int64 if name == "rank" else kind) for name in STATISTICS]
-        given = [a.ctypes.data if name in asked else None for name, a in zip(STATISTICS, arrays, strict=True)]
-        pointers, loss = (ctypes.c_void_p * 4)(*given), np.empty(50, kind)
-        first = loss.ctypes.data, None, z.ctypes.data, t.ctypes.data
-        assert getattr(library, f"lace_rows_{dtype}")(*first, None, None, 0, 50, 7, None, pointers) == DONE
+        given = {name: a for name, a in zip(STATISTICS, arrays, strict=True) if name in asked}
+        arguments = {"loss": np.empty(50, kind), "logits": z, "target": t, "n": 50, "k": 7}
+        assert called(getattr(library, f"lace_rows_{dtype}"), **arguments, **given) == DONE
         return {name: array.tolist() for name, array in zip(STATISTICS, arrays, strict=True)}
 
     q, kept = np.exp(z.astype(float)) / np.exp(z.astype(float)).sum(1, keepdims=True), t >= 0
@@ -334,9 +395,9 @@ def test_rows_that_cannot_be_worked_on_are_refused_and_nothing_is_written(librar
 
     def tried(n=2, k=3, loss=loss, z=z, target=t):
         """Result of both, which must be the same."""
-        first = [None if array is None else array.ctypes.data for array in (loss, gradient, z, target)]
-        by_rows = rows(*first, None, None, 0, n, k, None, None)
-        assert columns(*first, None, 0, n, k, n, None) == by_rows
+        arguments = {"loss": loss, "gradient": gradient, "logits": z, "target": target, "n": n, "k": k}
+        by_rows = called(rows, **arguments)
+        assert called(columns, **arguments) == by_rows
         return by_rows
 
     assert tried(k=0) == tried(n=0, k=0) == SIZE
@@ -344,9 +405,41 @@ def test_rows_that_cannot_be_worked_on_are_refused_and_nothing_is_written(librar
     for name in ("loss", "z", "target"):
         assert tried(**{name: None}) == NULL
     for wrong in (3, -1, -99, 2**32, -(2**63)):
-        assert tried(target=np.array([0, wrong])) == 1
-    assert columns(loss.ctypes.data, None, z.ctypes.data, t.ctypes.data, None, 0, 2, 3, 1, None) == SIZE  # they overlap
+        assert tried(target=np.array([0, wrong])) == 2
+    assert rows(None) == columns(None) == NULL
+    arguments = {"loss": loss, "gradient": gradient, "logits": z, "target": t, "n": 2, "k": 3}
+    for function, length in ((rows, 3), (columns, 2)):
+        for name, stride in (("logits_stride", length - 1), ("logits_stride", 1 - length), ("gradient_stride", 1)):
+            assert called(function, **arguments, **{name: stride}) == SIZE  # they overlap
+        for name in ("logits_stride", "gradient_stride"):
+            assert called(function, **arguments, **{name: 2**63 - 1}) == SIZE
+        assert called(function, **arguments, logits_stride=-(2**63)) == SIZE
     assert set(loss) | set(gradient) == {7}
-    assert rows(None, None, None, None, None, None, 0, 0, 3, None, None) == DONE
+    assert called(rows, n=0, k=3) == called(columns, n=0, k=3) == DONE
     assert tried() == DONE
     assert 7 not in set(loss) | set(gradient)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_lines_with_room_between_them_or_backwards_have_the_bits_of_lines_side_by_side(kind, dtype, library):
+    function, real = getattr(library, f"lace_{kind}_{dtype}"), {"f32": np.float32, "f64": np.float64}[dtype]
+    n, k, room = 70, 13, 3
+    rng = np.random.default_rng(0)
+    lines = (3 * rng.normal(size=(n, k) if kind == "rows" else (k, n))).astype(real)
+    target = rng.integers(0, k, n)
+    target[5] = -100
+    loss, gradient = np.empty(n, real), np.empty_like(lines)
+    side_by_side = {"logits": lines, "target": target, "n": n, "k": k}
+    assert called(function, loss=loss, gradient=gradient, **side_by_side) == DONE
+    height, length = lines.shape
+    wide, out = np.full((2, height, length + room), np.nan, real)
+    for backwards in (False, True):
+        view = wide[::-1] if backwards else wide
+        view[:, :length] = lines
+        apart = {"logits_stride": view.strides[0] // view.itemsize, "gradient_stride": length + room}
+        found, out[:] = np.empty(n, real), 7
+        assert called(function, **side_by_side | {"logits": view}, loss=found, gradient=out, **apart) == DONE
+        assert found.tobytes() == loss.tobytes()
+        assert out[:, :length].tobytes() == gradient.tobytes()
+        assert (out[:, length:] == 7).all()

@@ -17,6 +17,7 @@ from lace_loss.ref.__main__ import main as ref
 from lace_loss.ref.case import VECTORS, read
 
 EXT = Path(__file__).parent.parent / "ext"
+SOURCES = (EXT / "lace_f32.c", EXT / "lace_f64.c")
 MACHINES = Path(__file__).parent / "machines"
 PORT = Path(__file__).parent / "ports" / "through_header.c"
 FLAGS = ["-ffp-contract=off", f"-I{EXT}"]
@@ -130,17 +131,25 @@ static void mix(uint64_t bits) { hash = (hash ^ bits) * 1099511628211u; }
                 }                                                                                                   \
                 lace_options_##suffix o = {kind % 2 ? w : NULL, (real)(kind == 2 ? 0.125 : 0),                      \
                                            (real)(kind == 3 ? 0.5 : 1), -100};                                      \
-                lace_statistics_##suffix found = {g, g + N, rank, loss};                                            \
+                lace_args_##suffix a = {.loss = loss, .gradient = g, .logits = z, .target = t, .scale = scale,      \
+                                        .scale_step = 1, .n = N, .k = k, .options = &o};                            \
+                a.soft_target = kind == 3 ? y : NULL;                                                               \
                 if (kind == 4)                                                                                      \
-                    lace_columns_##suffix(loss, g, z, t, scale, 1, N, k, N, &o);                                    \
+                    lace_columns_##suffix(&a);                                                                      \
                 else                                                                                                \
-                    lace_rows_##suffix(loss, g, z, t, kind == 3 ? y : NULL, scale, 1, N, k, &o, NULL);              \
+                    lace_rows_##suffix(&a);                                                                         \
                 for (size_t i = 0; i < N * k + N; i++) {                                                            \
                     integer bits;                                                                                   \
                     memcpy(&bits, i < N ? &loss[i] : &g[i - N], sizeof bits);                                       \
                     mix(bits);                                                                                      \
                 }                                                                                                   \
-                if (k > 1) lace_rows_##suffix(loss, NULL, z, t, NULL, NULL, 0, N, k, &o, &found);                   \
+                a.gradient = NULL;                                                                                  \
+                a.soft_target = NULL;                                                                               \
+                a.cross_entropy = g;                                                                                \
+                a.probability = g + N;                                                                              \
+                a.rank = rank;                                                                                      \
+                a.confidence = loss;                                                                                \
+                if (k > 1) lace_rows_##suffix(&a);                                                                  \
                 for (size_t i = 0; k > 1 && i < 3 * N; i++) {                                                       \
                     integer bits;                                                                                   \
                     memcpy(&bits, i < 2 * N ? &g[i] : &loss[i - 2 * N], sizeof bits);                               \
@@ -171,7 +180,8 @@ int main(int count, char **arguments)
     int64_t *t = malloc(n * sizeof *t);
     for (size_t i = 0; i < n * k; i++) z[i] = (float)((i * 2654435761u) % 1000) / 100;
     for (size_t i = 0; i < n; i++) t[i] = (int64_t)(i * 7 % k);
-    lace_rows_f32(loss, g, z, t, NULL, NULL, 0, n, k, &options, NULL);
+    lace_rows_f32(&(lace_args_f32){
+        .loss = loss, .gradient = g, .logits = z, .target = t, .n = n, .k = k, .options = &options});
     return count != 4;
 }
 """
@@ -184,9 +194,9 @@ ALL = ("core", "gradient", "batch", "layout", "large")
 ROW = ("-DROW", "-Os", EXT / "lace_row.c"), "f32", ("core", "gradient", "large")
 PROGRAMS = {
     "row": ROW,
-    "f32": (("-O2", EXT / "lace.c"), "f32", ALL),
-    "f64": (("-DF64", "-O2", EXT / "lace.c"), "f64", ALL),
-    "contracted": (("-mfma", "-ffp-contract=fast", "-O2", EXT / "lace.c"), "f32", ALL),
+    "f32": (("-O2", EXT / "lace_f32.c"), "f32", ALL),
+    "f64": (("-DF64", "-O2", EXT / "lace_f64.c"), "f64", ALL),
+    "contracted": (("-mfma", "-ffp-contract=fast", "-O2", EXT / "lace_f32.c"), "f32", ALL),
 }
 SMALL = ("-DROOM=64",)  # logits that 16 KiB of memory hold: not those of "large"
 WHOLE = ("-DROOM=263425",)  # those of "rows"
@@ -243,9 +253,9 @@ def test_a_row_alone_has_the_bits_of_many_on_every_machine(machine, below, vecto
 
 @pytest.mark.parametrize("machine", [*LINUX, "wasm32", *CORTEX, "here", "clang"])
 def test_the_kernel_calls_no_library_and_keeps_nothing(machine, tmp_path):
-    """But for arithmetic where the processor has none; lace.c on a Cortex-M0 is left out, for its pairs of double."""
+    """But for arithmetic where the processor has none; on a Cortex-M0 only one row is tried: many need double."""
     nm = tool("llvm-nm" if machine == "wasm32" else "arm-none-eabi-nm" if machine in CORTEX else "nm")
-    for source in ("lace_row.c",) if machine == "cortex-m0" else ("lace_row.c", "lace.c"):
+    for source in ("lace_row.c",) if machine == "cortex-m0" else ("lace_row.c", "lace_f32.c", "lace_f64.c"):
         for level in ("-Os", "-O2"):
             command = [*compiler(machine), *FLAGS, *STRICT, level, "-c", EXT / source, "-o", tmp_path / "kernel.o"]
             subprocess.run(command, check=True)
@@ -318,8 +328,8 @@ def test_one_row_keeps_to_its_budget_of_instructions(machine, tmp_path):
 @pytest.mark.parametrize("machine", LINUX)
 def test_another_machine_gives_the_same_bits(machine, tmp_path):
     source = written(tmp_path, BITS)
-    here = output(built(tmp_path, "here", *FAST, source, EXT / "lace.c"))
-    assert output(built(tmp_path, machine, *FAST, source, EXT / "lace.c")) == here
+    here = output(built(tmp_path, "here", *FAST, source, *SOURCES))
+    assert output(built(tmp_path, machine, *FAST, source, *SOURCES)) == here
 
 
 @pytest.mark.parametrize(
@@ -327,13 +337,13 @@ def test_another_machine_gives_the_same_bits(machine, tmp_path):
 )
 def test_no_compiler_flag_changes_a_bit(flags, tmp_path):
     source = written(tmp_path, BITS)
-    here = output(built(tmp_path, "here", *FAST, source, EXT / "lace.c"))
-    assert output(built(tmp_path, "here", *FAST, *flags, source, EXT / "lace.c")) == here
+    here = output(built(tmp_path, "here", *FAST, source, *SOURCES))
+    assert output(built(tmp_path, "here", *FAST, *flags, source, *SOURCES)) == here
 
 
 def instructions(tmp_path, shape, strength):
     n, k = map(int, shape.split("x"))
-    command = built(tmp_path, "here", *FAST, "-mavx2", written(tmp_path, WORK), EXT / "lace.c")
+    command = built(tmp_path, "here", *FAST, "-mavx2", written(tmp_path, WORK), EXT / "lace_f32.c")
     callgrind = ["valgrind", "--tool=callgrind", "--toggle-collect=lace_rows_f32", "--callgrind-out-file=/dev/null"]
     done = subprocess.run(
         [*callgrind, *command, str(n), str(k), str(strength)], capture_output=True, text=True, check=True

@@ -39,7 +39,8 @@ def sanitized(folder):
     for part in ("ref", "ext"):
         shutil.copytree(ROOT / part, package / part, ignore=shutil.ignore_patterns("*.so", "vectors", "__pycache__"))
     # _cpu.c is what Cython made when the package was installed.
-    sources = [package / "ext" / name for name in ("_cpu.c", "lace.c", "lace_builds.c")]
+    sources = [package / "ext" / name for name in ("_cpu.c", "lace_f32.c", "lace_f64.c", "lace_builds.c")]
+    sources += (package / "ext" / "builds").glob("*.c")
     flags = ["-g", "-O1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fsanitize=address,undefined"]
     flags += ["-fno-sanitize-recover=undefined", f"-I{sysconfig.get_path('include')}", "-shared", "-fPIC"]
     library = package / "ext" / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -169,8 +169,8 @@ def test_the_usual_backward_hands_out_the_very_gradient_that_the_forward_pass_fo
 
 def test_the_kernel_reads_tensors_without_a_copy(monkeypatch):
     seen = []
-    job = lace_torch._cpu.Job
-    monkeypatch.setattr(lace_torch._cpu, "Job", lambda *tensors: seen.extend(tensors[2:4]) or job(*tensors))
+    job = lace_torch._cpu.KernelCall
+    monkeypatch.setattr(lace_torch._cpu, "KernelCall", lambda *tensors: seen.extend(tensors[2:4]) or job(*tensors))
     input = leaf()
     lace_loss(input, CLASSES).backward()
     assert [x.data_ptr() for x in seen] == [input.data_ptr(), CLASSES.data_ptr()]

@@ -24,7 +24,9 @@ static void call(int function, const lace_build *build, Kind kind, float *loss, 
 {
     int64_t targets[ROWS];
     for (size_t i = 0; i < ROWS; i++) targets[i] = (int64_t)kind.target;
-    if (function == 0) build->rows_f32(loss, gradient, z, targets, NULL, NULL, 0, ROWS, kind.k, NULL, NULL);
+    if (function == 0)
+        build->rows_f32(&(lace_args_f32){
+            .loss = loss, .gradient = gradient, .logits = z, .target = targets, .n = ROWS, .k = kind.k});
     for (size_t i = 0; function == 1 && i < ROWS; i++)
         lace_row_f32(&loss[i], gradient + i * kind.k, NULL, z + i * kind.k, kind.target, kind.k);
 }

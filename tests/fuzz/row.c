@@ -21,8 +21,9 @@ static int result_of(const Call *c)
 static void column(const Array *loss, const Array *gradient, const Call *c)
 {
     const int64_t t = (int64_t)c->target;
-    must(lace_columns_f32(loss->given, gradient->given, c->logits.given, &t, NULL, 0, 1, c->k, 1, NULL) == LACE_DONE,
-         "a column is refused");
+    const lace_args_f32 args = {.loss = loss->given, .gradient = gradient->given, .logits = c->logits.given, .target = &t,
+                                .n = 1, .k = c->k};
+    must(lace_columns_f32(&args) == LACE_DONE, "a column is refused");
 }
 
 static void read_call(Call *c, Input *in)
@@ -102,7 +103,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         mark_results(&c.totals);
         memcpy(c.totals.at, &totals, sizeof totals);
         const int got = result_of(&c);
-        const int right = !c.logits.given ? LACE_NULL : c.k == 0 ? LACE_SIZE : c.target >= c.k ? 0 : LACE_DONE;
+        const int right = !c.logits.given ? LACE_NULL : c.k == 0 ? LACE_SIZE : c.target >= c.k ? 1 : LACE_DONE;
         must(got == right, "it returns %d, not %d", got, right);
         must(got == LACE_DONE && c.loss.given ? marked_around(&c.loss) : untouched(&c.loss), "loss is written to");
         must(got == LACE_DONE && c.gradient.given ? marked_around(&c.gradient) : untouched(&c.gradient),

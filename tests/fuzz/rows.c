@@ -7,7 +7,8 @@
 enum { MOST_VALUES = ROOM / 8, USUAL_VALUES = 4096, RESULTS = 6 };
 
 typedef struct {
-    size_t width, n, k, stride, step;
+    size_t width, n, k, gradient_stride, step;
+    ptrdiff_t logits_stride;
     int columns, options, statistics;
     double smoothing, strength;
     int64_t ignored;
@@ -22,29 +23,19 @@ static int64_t result_of(const lace_build *build, const Call *c)
     const Array *r = c->results;
     const lace_options_f32 o32 = {c->weight.given, (float)c->smoothing, (float)c->strength, c->ignored};
     const lace_options_f64 o64 = {c->weight.given, c->smoothing, c->strength, c->ignored};
-    const lace_statistics_f32 s32 = {r[CROSS_ENTROPY].given, r[CHANCE].given, r[RANK].given,
-                                     r[CONFIDENCE].given};
-    const lace_statistics_f64 s64 = {r[CROSS_ENTROPY].given, r[CHANCE].given, r[RANK].given,
-                                     r[CONFIDENCE].given};
-    const lace_options_f32 *options32 = c->options ? &o32 : NULL;
-    const lace_options_f64 *options64 = c->options ? &o64 : NULL;
-    if (c->columns && c->width == 4)
-        return build->columns_f32(r[LOSS].given, r[GRADIENT].given, c->logits.given, c->target.given, c->scale.given,
-                                  c->step, c->n, c->k, c->stride, options32);
-    if (c->columns)
-        return build->columns_f64(r[LOSS].given, r[GRADIENT].given, c->logits.given, c->target.given, c->scale.given,
-                                  c->step, c->n, c->k, c->stride, options64);
-    if (c->width == 4)
-        return build->rows_f32(r[LOSS].given, r[GRADIENT].given, c->logits.given, c->target.given,
-                               c->probability.given, c->scale.given, c->step, c->n, c->k, options32,
-                               c->statistics ? &s32 : NULL);
-    return build->rows_f64(r[LOSS].given, r[GRADIENT].given, c->logits.given, c->target.given, c->probability.given,
-                           c->scale.given, c->step, c->n, c->k, options64, c->statistics ? &s64 : NULL);
+#define ARGS(with_options)                                                                                              \
+    {r[LOSS].given, r[GRADIENT].given, c->logits.given, c->target.given, c->probability.given, c->scale.given,          \
+     c->step, c->n, c->k, c->logits_stride, c->gradient_stride, c->options ? with_options : NULL,                       \
+     r[CROSS_ENTROPY].given, r[CHANCE].given, r[RANK].given, r[CONFIDENCE].given}
+    const lace_args_f32 a32 = ARGS(&o32);
+    const lace_args_f64 a64 = ARGS(&o64);
+    if (c->columns) return c->width == 4 ? build->columns_f32(&a32) : build->columns_f64(&a64);
+    return c->width == 4 ? build->rows_f32(&a32) : build->rows_f64(&a64);
 }
 
 static const lace_build *build(size_t which)
 {
-    static const lace_build own = {"own", lace_rows_f32, lace_rows_f64, lace_columns_f32, lace_columns_f64};
+    static const lace_build own = {"own", lace_rows_f32, lace_columns_f32, lace_rows_f64, lace_columns_f64};
     if (which == 0) return &own;
 #ifdef ALONE
     return NULL;
@@ -55,9 +46,31 @@ static const lace_build *build(size_t which)
 #endif
 }
 
-static size_t place_of(const Call *c, size_t i, size_t j) /* class j of sample i */
+static size_t size_of(ptrdiff_t stride)
 {
-    return c->columns ? j * c->stride + i : i * c->k + j;
+    return stride < 0 ? 0 - (size_t)stride : (size_t)stride;
+}
+
+/* Lines lie side by side where the stride is 0. */
+static size_t length_of(const Call *c) { return c->columns ? c->n : c->k; }
+static size_t lines_of(const Call *c) { return c->columns ? c->k : c->n; }
+static size_t or_length(const Call *c, size_t stride) { return stride > 0 ? stride : length_of(c); }
+
+static size_t values_of(const Call *c, size_t stride)
+{
+    return lines_of(c) == 0 || c->n == 0 ? 0 : (lines_of(c) - 1) * or_length(c, stride) + length_of(c);
+}
+
+/* Where class j of sample i is in the array of the logits, whose lines may run backwards, and in that of the gradient. */
+static size_t place_of(const Call *c, size_t i, size_t j)
+{
+    const size_t line = c->columns ? j : i, place = c->columns ? i : j;
+    return (c->logits_stride < 0 ? lines_of(c) - 1 - line : line) * or_length(c, size_of(c->logits_stride)) + place;
+}
+
+static size_t gradient_place(const Call *c, size_t i, size_t j)
+{
+    return (c->columns ? j : i) * or_length(c, c->gradient_stride) + (c->columns ? i : j);
 }
 
 static int64_t class_of(const Call *c, size_t i)
@@ -141,44 +154,57 @@ static void read_call(Call *c, Input *in)
     c->k = which_k < 200 ? 1 + which_k % 70 : sizes[which_k % 12];
     const size_t most = (which_n < 240 ? USUAL_VALUES : MOST_VALUES) / c->k, n = which_n < 240 ? which_n % 101 : 10;
     c->n = n <= most ? n : most > 0 ? most : 1;
-    c->stride = c->n + (layout >> 2 & 3);
-    if (!c->columns || c->stride * c->k > MOST_VALUES) c->stride = c->n;
-    const size_t values = c->n == 0 ? 0 : (c->k - 1) * c->stride + c->n; /* in rows the stride is n */
-    const size_t counts[RESULTS] = {c->n, values, c->n, c->n, c->n, c->n};
+    /* Room between the lines of both, of the logits only, or of the gradient only; and lines that run backwards. */
+    const size_t room = (layout >> 2 & 3) * (length_of(c) + 3) * lines_of(c) > MOST_VALUES ? 0 : layout >> 2 & 3;
+    const size_t apart = room > 0 ? length_of(c) + room : flags & 4 ? length_of(c) : 0;
+    c->logits_stride = (ptrdiff_t)(layout >> 4 == 8 ? 0 : apart);
+    c->gradient_stride = layout >> 4 == 9 ? 0 : apart;
+    if (layout >> 4 >= 12 && apart > 0) c->logits_stride = -c->logits_stride;
+    const size_t counts[RESULTS] = {c->n, values_of(c, c->gradient_stride), c->n, c->n, c->n, c->n};
     for (size_t r = 0; r < RESULTS; r++) c->results[r] = array(r, counts[r], r == RANK ? 8 : c->width, at_end);
-    c->logits = array(RESULTS, values, c->width, at_end);
+    c->logits = array(RESULTS, values_of(c, size_of(c->logits_stride)), c->width, at_end);
     c->target = array(RESULTS + 1, c->n, 8, at_end);
-    c->probability = array(RESULTS + 2, c->columns ? 0 : values, c->width, at_end);
+    c->probability = array(RESULTS + 2, c->columns ? 0 : c->n * c->k, c->width, at_end);
     c->weight = array(RESULTS + 3, c->k, c->width, at_end);
     c->scale = array(RESULTS + 4, c->n == 0 ? 0 : c->step * (c->n - 1) + 1, c->width, at_end);
     read_numbers(c, in);
+    if (c->logits_stride < 0 && c->n > 0) c->logits.given = c->logits.at + place_of(c, 0, 0) * c->width;
 
     Array *const needed[] = {&c->results[LOSS], &c->logits, &c->target, &c->results[CROSS_ENTROPY],
                              &c->results[CHANCE], &c->results[RANK], &c->results[CONFIDENCE]};
     if (absent & 1) c->results[GRADIENT].given = NULL;
-    if ((absent >> 1 & 31) < 7) needed[absent >> 1 & 31]->given = NULL;
+    const size_t which = absent >> 1 & 31;
+    if (which < 7) needed[which]->given = NULL;
+    for (size_t r = CROSS_ENTROPY; r < RESULTS; r++) /* none of the statistics, or one */
+        if (!c->statistics || (which >= 8 && which < 12 && r != which - 8 + CROSS_ENTROPY)) c->results[r].given = NULL;
     if (c->columns || !(flags & 8)) c->probability.given = NULL;
     if (!c->options || !(flags & 16)) c->weight.given = NULL;
     if (flags >> 6 == 0) c->scale.given = NULL;
     const size_t limit = SIZE_MAX / c->width;
     switch (layout >> 4) { /* what is refused */
     case 1: c->k = 0; break;
-    case 2: c->k = c->n > 0 ? limit / c->stride + 1 : c->k; break;
-    case 3: *(c->columns ? &c->stride : &c->n) = limit / c->k + 1; break;
-    case 4: c->stride = c->n > 0 ? c->n - 1 : 0; break; /* of columns */
+    case 2: c->k = c->n > 0 ? limit / c->n + 1 : c->k; break;
+    case 3: c->n = limit / c->k + 1; break;
+    case 4: c->logits_stride = (ptrdiff_t)length_of(c) - 1; break;
+    case 5: c->gradient_stride = length_of(c) - 1; break;
+    case 6: c->logits_stride = (ptrdiff_t)(limit / (lines_of(c) > 0 ? lines_of(c) : 1)) + 1; break;
+    case 7: c->gradient_stride = limit / (lines_of(c) > 0 ? lines_of(c) : 1) + 1; break;
     }
 }
 
 static int64_t expected(const Call *c)
 {
-    const size_t stride = c->columns ? c->stride : c->n;
+    const size_t strides[] = {or_length(c, size_of(c->logits_stride)), or_length(c, c->gradient_stride)};
     const Array *r = c->results;
-    if (c->k == 0 || c->n > stride || stride > SIZE_MAX / c->width / c->k) return LACE_SIZE;
+    if (c->k == 0) return LACE_SIZE;
+    for (size_t s = 0; s < 2; s++)
+        if (strides[s] < length_of(c) || (lines_of(c) > 0 && strides[s] > SIZE_MAX / c->width / lines_of(c)))
+            return LACE_SIZE;
     if (c->n == 0) return LACE_DONE;
     if (!r[LOSS].given || !c->logits.given || !(c->target.given || c->probability.given)) return LACE_NULL;
     for (size_t i = 0; i < c->n && !c->probability.given; i++) {
         const int64_t t = class_of(c, i);
-        if (t != c->ignored && (t < 0 || t >= (int64_t)c->k)) return (int64_t)i;
+        if (t != c->ignored && (t < 0 || t >= (int64_t)c->k)) return (int64_t)i + 1;
     }
     return LACE_DONE;
 }
@@ -200,9 +226,9 @@ static void check_sample(const Call *c, size_t i)
     int64_t rank = 0;
     for (size_t j = 0; j < c->k; j++) {
         logits[j] = get(&c->logits, place_of(c, i, j));
-        if (c->probability.given) probability[j] = get(&c->probability, place_of(c, i, j));
+        if (c->probability.given) probability[j] = get(&c->probability, i * c->k + j);
         if (c->weight.given) weight[j] = get(&c->weight, j);
-        if (r[GRADIENT].given) gradient[j] = get(&r[GRADIENT], place_of(c, i, j));
+        if (r[GRADIENT].given) gradient[j] = get(&r[GRADIENT], gradient_place(c, i, j));
         must(!ignored || !r[GRADIENT].given || gradient[j] == 0, "row %zu is ignored, its gradient is not 0", i);
     }
     for (size_t j = 0; j < c->k; j++) /* NaN counts as larger */
@@ -234,6 +260,8 @@ static void check_build(const Call *c, const lace_build *build, unsigned char fi
     for (size_t r = 0; r < RESULTS; r++) mark_results(&c->results[r]);
     const int64_t got = result_of(build, c), right = expected(c);
     must(got == right, "%s returns %lld, not %lld", build->name, (long long)got, (long long)right);
+    must(build->rows_f32(NULL) == LACE_NULL && build->columns_f32(NULL) == LACE_NULL &&
+             build->rows_f64(NULL) == LACE_NULL && build->columns_f64(NULL) == LACE_NULL, "no arguments are accepted");
     for (size_t r = 0; r < RESULTS; r++) {
         const Array *a = &c->results[r];
         const int written = right == LACE_DONE && a->given && (r < CROSS_ENTROPY || has_statistics(c));
@@ -245,9 +273,10 @@ static void check_build(const Call *c, const lace_build *build, unsigned char fi
             must(same_bits(get(a, p), get(&before, p)), "%s has other bits, result %zu", build->name, r);
     }
     const Array *gradient = &c->results[GRADIENT];
-    for (size_t j = 0; right == LACE_DONE && c->columns && gradient->given && c->n > 0 && j + 1 < c->k; j++)
-        must(marked(gradient->at + (j * c->stride + c->n) * c->width, (c->stride - c->n) * c->width),
-             "%s writes between the columns' classes", build->name);
+    const size_t length = length_of(c), stride = or_length(c, c->gradient_stride);
+    for (size_t l = 0; right == LACE_DONE && gradient->given && c->n > 0 && l + 1 < lines_of(c); l++)
+        must(marked(gradient->at + (l * stride + length) * c->width, (stride - length) * c->width),
+             "%s writes between the lines of the gradient", build->name);
     for (size_t i = 0; right == LACE_DONE && is_first && i < c->n; i++) check_sample(c, i);
 }
 

@@ -1,13 +1,14 @@
 /* LACE in C, by the kernel's header: a program around it, here one that answers golden vectors by the protocol of
  * ref/vectors/README.md: a file's cases in, `loss` and `gradient` out. Exact in float32 and float64 (-DF64):
  *
- *     cc -std=c99 -O2 -ffp-contract=off -Iext -o port tests/ports/through_header.c ext/lace.c
+ *     cc -std=c99 -O2 -ffp-contract=off -Iext -o port tests/ports/through_header.c ext/lace_f32.c
  *     python -m lace_loss.ref check --command ./port --levels core gradient batch layout large --dtypes f32
  *
  * and, where ROOM is defined as 263425, at the level rows.
  *
- * For float with lace.c or, if ROW is defined, with lace_row.c; for double if F64 is defined. Without an operating system
- * (-ffreestanding) get, put and the call of main are the machine's. Exit status 2 where the input is not what it can read.
+ * For float with lace_f32.c or, if ROW is defined, with lace_row.c; for double with lace_f64.c if F64 is defined.
+ * Without an operating system (-ffreestanding) get, put and the call of main are the machine's. Exit status 2 where the
+ * input is not what it can read.
  */
 #include "lace.h"
 
@@ -218,14 +219,20 @@ static int work(void)
     if (factors == 0) factor[0] = 1;
     if (reduction != 'n') factor[0] = (REAL)((double)factor[0] / divisor);
     const size_t step = factors > 1;
+    NAME(lace_args) args = {.loss = loss, .gradient = gradient, .logits = z, .target = target, .soft_target = y,
+                            .scale = factor, .scale_step = step, .n = samples, .k = classes, .options = &options};
     if (inner == 1) {
-        if (NAME(lace_rows)(loss, gradient, z, target, y, factor, step, samples, classes, &options, NULL) != LACE_DONE)
-            return 0;
+        if (NAME(lace_rows)(&args) != LACE_DONE) return 0;
     } else if (!y && smoothing == 0) {
-        for (size_t i = 0; i < samples; i += inner)
-            if (NAME(lace_columns)(loss + i, gradient + i * classes, z + i * classes, target + i, factor + i * step, step,
-                                   inner, classes, inner, &options) != LACE_DONE)
-                return 0;
+        args.n = inner;
+        for (size_t i = 0; i < samples; i += inner) {
+            args.loss = loss + i;
+            args.gradient = gradient + i * classes;
+            args.logits = z + i * classes;
+            args.target = target + i;
+            args.scale = factor + i * step;
+            if (NAME(lace_columns)(&args) != LACE_DONE) return 0;
+        }
     } else {
         for (size_t i = 0; i < samples; i++) { /* a column as a row */
             REAL row[FEW], slope[FEW], share[FEW];
@@ -234,9 +241,14 @@ static int work(void)
                 row[j] = z[first + j * inner];
                 share[j] = probability[first + j * inner];
             }
-            if (NAME(lace_rows)(loss + i, slope, row, target + i, y ? share : NULL, factor + i * step, 0, 1, classes,
-                                &options, NULL) != LACE_DONE)
-                return 0;
+            args.loss = loss + i;
+            args.gradient = slope;
+            args.logits = row;
+            args.target = target + i;
+            args.soft_target = y ? share : NULL;
+            args.scale = factor + i * step;
+            args.n = 1;
+            if (NAME(lace_rows)(&args) != LACE_DONE) return 0;
             for (size_t j = 0; j < classes; j++) gradient[first + j * inner] = slope[j];
         }
     }
