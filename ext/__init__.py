@@ -169,9 +169,9 @@ def _run(
     hard = indices is not None and label_smoothing == 0 and statistics is None
     planes = ndim > 2 and hard and not _ends_with_classes(logits)
     inner = n // max(1, len(logits)) if planes else 0
-    z, apart, width = logits, logits.strides[0], dtype.itemsize
-    room = classes * width
-    if ndim != 2 or logits.strides[1] != width or -room < apart < room or apart % width:
+    z, strides, size = logits, logits.strides, dtype.itemsize
+    apart, room = strides[0], classes * size
+    if ndim != 2 or strides[1] != size or (apart != room and (-room < apart < room or apart % size)):
         z, apart = np.asarray(logits, order="C") if planes else _classes_last(logits), room
     rows = each = None
     above = 1.0
@@ -195,7 +195,7 @@ def _run(
     losses = loss if reduction == "none" else None
     divisor = None if reduction == "mean" else 1.0
     job = _cpu.KernelCall(
-        *(losses, rows, z, indices, probability, w, each, statistics, n, classes, inner, apart, dtype.itemsize),
+        *(losses, rows, z, indices, probability, w, each, statistics, n, classes, inner, apart, size),
         *(ignore_index, label_smoothing, strength, divisor, above),
     )
     wrong = job.run(0, n) if logits.size < _WORTH_THREADS else _in_threads(job, threads)

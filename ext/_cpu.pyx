@@ -229,11 +229,11 @@ cdef class KernelCall:
     """n rows of k logits, and what is to be known of them: the arguments of lace_rows_f32 or _f64.
 
     With `plane_size` they are the columns of images, each of k planes of so many values: for lace_columns_f32 or _f64.
-    Rows of logits start `row_stride` bytes apart, a multiple of `size` and, of whatever sign, room for a row; where n is 1
-    it is not looked at. The others' rows lie side by side. `loss` None is memory of the call's own. The gradient is multiplied by grad_output / divisor or, if
-    `row_grad_outputs` is not None, each row's by its factor there. `divisor` None is a mean's: the rows that count, by
-    their classes' weights. `statistics` are those of lace.h in their order, as many as are asked for, None for one that
-    is not.
+    Rows of logits start `row_stride` bytes apart: a multiple of `size`, of whatever sign, with room for a row. Where n is
+    1 it is not looked at. The rows of everything else lie side by side. `loss` None is memory of the call's own. The
+    gradient is multiplied by grad_output / divisor or, if `row_grad_outputs` is not None, each row's by its factor there.
+    `divisor` None is a mean's: the rows that count, by their classes' weights. `statistics` are those of lace.h in their
+    order, as many as are asked for, None for one that is not.
     """
 
     cdef object owners  # of the memory: an interrupt may end the caller while another thread still runs the call
@@ -288,7 +288,8 @@ cdef class KernelCall:
                                      <double *> scale, step, n, k, stride, plane_size, &self.options_f64,
                                      <double *> written[0], <double *> written[1], <Integers> written[2],
                                      <double *> written[3])
-        self.divisor = 0 if mean else divisor
+        if not mean:
+            self.divisor = divisor
         with nogil:
             mode = lace_default_arithmetic()
             self.options_f32 = lace_options_f32(<float *> self.weight, label_smoothing, strength, ignore_index)
