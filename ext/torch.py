@@ -757,7 +757,7 @@ def _statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tenso
     u = _log_odds(z, t, axis).masked_fill(wrong, torch.nan)
     t = t.unsqueeze(axis)
     z_t, j = z.gather(axis, t), torch.arange(classes, device=z.device).reshape(_along(axis, z))
-    ahead = (j != t) & ~torch.where(j < t, z < z_t, z <= z_t)  # NaN counts as larger
+    ahead = (j != t) & ~((z < z_t) | ((z == z_t) & (j > t)))  # NaN counts as larger
     e = (-u.abs()).exp()
     q = torch.where(u < 0, 1, e) / (1 + e)  # a sigmoid is 0 where q is subnormal
     n, rank = _loss_of_log_odds(u, 0.0), ahead.sum(axis).masked_fill(wrong, classes)
