@@ -32,7 +32,7 @@ def test_links_and_pictures_lead_to_files_and_headings_that_exist(page):
 
 
 def sentences(text):
-    """Of the running text: no code, no tables, no links' addresses, and not the plan, which stays as it was declared."""
+    """Of the running text: no code, no tables, no links' addresses, and not the plan, which stays as declared."""
     text = re.sub(r"## Analysis plan.*?(?=\n## )", "", text, flags=re.DOTALL)
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     text = "\n".join(line for line in text.splitlines() if not re.match(r"    |\s*\||#|!\[", line))
