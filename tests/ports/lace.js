@@ -10,18 +10,29 @@
  */
 "use strict";
 
-/* Loss and gradient of rows of logits (arrays of any kind). A target is a class or an array of the classes' probabilities.
+const DEFAULTS = {
+  weight: undefined, ignoreIndex: -100, reduction: "mean", labelSmoothing: 0, strength: 1, gradOutput: 1,
+};
+
+/* Loss and gradient of rows of logits (arrays of any kind). A target is a class (a number or a BigInt) or an array of the
+ * classes' probabilities.
  * Options as in PyTorch: weight, ignoreIndex, reduction "mean", "sum" or "none", labelSmoothing; and strength (1 is LACE,
  * 0 cross entropy) and gradOutput, which multiplies the gradient: a number, or for "none" one a row. */
 function lace(logits, targets, options = {}) {
-  const { weight, ignoreIndex = -100, reduction = "mean", labelSmoothing = 0, strength = 1, gradOutput = 1 } = options;
+  const unknown = Object.keys(options).find((name) => !Object.hasOwn(DEFAULTS, name));
+  if (unknown !== undefined) throw new TypeError(`there is no option ${unknown}: ${Object.keys(DEFAULTS).join(", ")}`);
+  const { weight, ignoreIndex, reduction, labelSmoothing, strength, gradOutput } = { ...DEFAULTS, ...options };
+  if (!["none", "mean", "sum"].includes(reduction)) throw new RangeError(`reduction is ${reduction}: none, mean or sum`);
+  if (targets.length !== logits.length) throw new RangeError(`${targets.length} targets for ${logits.length} rows`);
   let divisor = 0;
-  const rows = logits.map((z, i) => {
-    const t = targets[i], hard = typeof t === "number", w = (k) => (weight ? weight[k] : 1);
-    if (hard && t === ignoreIndex) return { loss: 0, gradient: null };
+  const rows = Array.from(logits, (z, i) => {
+    const t = targets[i], hard = typeof t === "number" || typeof t === "bigint", w = (k) => (weight ? weight[k] : 1);
+    if (!hard && (typeof t !== "object" || t === null || t.length !== z.length))
+      throw new TypeError(`target ${i} must be a number, a BigInt or ${z.length} probabilities, got ${t}`);
+    if (hard && t == ignoreIndex) return { loss: 0, gradient: null }; // == compares a BigInt with a number exactly
     if (hard && z[t] === undefined) throw new RangeError(`target ${i} is ${t}, not a class: 0 to ${z.length - 1}`);
     divisor += hard ? w(t) : 1;
-    const y = (k) => (hard ? Number(k === t) : t[k]);
+    const y = (k) => (hard ? Number(k == t) : t[k]);
     const a = Array.from(z, (_, k) => ((1 - labelSmoothing) * y(k) + labelSmoothing / z.length) * w(k));
     return row(z, a, strength);
   });
@@ -86,14 +97,11 @@ function answer(words, bytes) {
     if (words.put) z[Number(words.put[0])] = decode(words.put[1]);
   }
   const given = list("grad-output"), reduction = words.reduction[0];
-  const options = {
-    weight: list("weight"),
-    ignoreIndex: words["ignore-index"] && Number(words["ignore-index"][0]),
-    reduction,
-    labelSmoothing: words.smoothing && decode(words.smoothing[0], 8),
-    strength: words.strength && decode(words.strength[0], 8),
-    gradOutput: given && (reduction === "none" ? given : given[0]),
-  };
+  const options = { weight: list("weight"), reduction };
+  if (words["ignore-index"]) options.ignoreIndex = Number(words["ignore-index"][0]);
+  if (words.smoothing) options.labelSmoothing = decode(words.smoothing[0], 8);
+  if (words.strength) options.strength = decode(words.strength[0], 8);
+  if (given) options.gradOutput = reduction === "none" ? given : given[0];
   const targets = words.probabilities ? rowsOf(list("probabilities")) : words.target.map(Number);
   let found;
   try {

@@ -14,6 +14,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def lace_loss(logits, target, *, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, strength=1.0):
@@ -22,12 +23,21 @@ def lace_loss(logits, target, *, weight=None, ignore_index=-100, reduction="mean
     Integer targets are classes, floating ones of the logits' shape probabilities; only the logits get a
     gradient. A class that does not exist makes its sample's loss and gradient NaN, since compiled code cannot raise.
     """
+    logits, target = jnp.asarray(logits), exactly(target)
     axis = min(1, logits.ndim - 1)
     classes = logits.shape[axis]
+    hard = jnp.issubdtype(target.dtype, jnp.integer)
+    shape = logits.shape[:axis] + logits.shape[axis + 1 :] if hard else logits.shape
+    if not (hard or jnp.issubdtype(target.dtype, jnp.floating)) or target.shape != shape:
+        raise ValueError(f"target must hold integers or floats of shape {shape}, got {target.dtype} {target.shape}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     z = jnp.moveaxis(logits, axis, -1).astype(jnp.promote_types(logits.dtype, jnp.float32))
     w = jnp.ones(classes, z.dtype) if weight is None else jnp.asarray(weight, z.dtype)
-    if jnp.issubdtype(target.dtype, jnp.integer):
-        kept = target != ignore_index
+    if hard:
+        ignored = jnp.asarray(ignore_index)
+        unsigned = jnp.issubdtype(target.dtype, jnp.unsignedinteger)
+        kept = (target != ignored.astype(target.dtype)) | (unsigned & (ignored < 0))
         exists = (target >= 0) & (target < classes)
         y = jnp.where(exists[..., None], jax.nn.one_hot(target, classes, dtype=z.dtype), jnp.nan)
         y = jnp.where(kept[..., None], y, 0)
@@ -42,6 +52,19 @@ def lace_loss(logits, target, *, weight=None, ignore_index=-100, reduction="mean
     if reduction == "none":
         return losses
     return losses.sum() / divisor if reduction == "mean" else losses.sum()
+
+
+def exactly(target):
+    """As an array in which no class is taken for another: of the widest integers, or ValueError where JAX has none."""
+    if not isinstance(target, jax.Array):
+        target = np.asarray(target)
+    kind = np.dtype(target.dtype).kind
+    if kind not in "iu":
+        return jnp.asarray(target)
+    wide = jax.dtypes.canonicalize_dtype(np.uint64 if kind == "u" else np.int64)
+    if isinstance(target, np.ndarray) and not np.array_equal(target, target.astype(wide)):
+        raise ValueError(f"target holds integers that are no {wide}: jax_enable_x64 has those of 64 bits")
+    return jnp.asarray(target).astype(wide)
 
 
 @jax.custom_jvp
@@ -97,6 +120,7 @@ def product_alone(logits, target, vector, grad_output, **options):
 
 def given(logits, options):
     """All options, so that one compilation serves all of a shape."""
+    jax.config.update("jax_enable_x64", True)  # or float64 would become float32
     classes = logits.shape[min(1, logits.ndim - 1)]
     return {"weight": jnp.ones(classes), "ignore_index": -100, "label_smoothing": 0.0, "strength": 1.0, **options}
 
@@ -107,6 +131,3 @@ def answer(logits, target, grad_output=1.0, **options):
 
 def product(logits, target, vector, grad_output=1.0, **options):
     return product_alone(logits, target, vector, grad_output, **given(logits, options))
-
-
-jax.config.update("jax_enable_x64", True)  # or float64 would become float32

@@ -13,6 +13,7 @@ at the levels gradient, batch and large. TensorFlow's was not tried.
 """
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -42,15 +43,29 @@ def lace_loss(logits, target, *, weight=None, ignore_index=-100, reduction="mean
     Integer targets are classes, floating ones of the logits' shape probabilities. A class that does not exist makes its
     sample's loss and gradient NaN, since compiled code cannot raise.
     """
-    z, target = ops.convert_to_tensor(logits), ops.convert_to_tensor(target)
+    z, given, target = ops.convert_to_tensor(logits), target, ops.convert_to_tensor(target)
+    whole = isinstance(given, np.ndarray) and given.dtype.kind in "iu"
+    if whole and not np.array_equal(given, ops.convert_to_numpy(target)):
+        raise ValueError(f"target holds integers that the backend has as {target.dtype} only")
     axis = min(1, len(z.shape) - 1)
+    kind = keras.backend.standardize_dtype(target.dtype)
+    hard = "int" in kind
+    shape = (*z.shape[:axis], *z.shape[axis + 1 :]) if hard else tuple(z.shape)
+    if not (hard or "float" in kind) or tuple(target.shape) != shape:
+        raise ValueError(f"target must hold integers or floats of shape {shape}, got {kind} {tuple(target.shape)}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     z = ops.moveaxis(z, axis, -1)
     dtype, classes = "float64" if keras.backend.standardize_dtype(z.dtype) == "float64" else "float32", z.shape[-1]
     z = ops.cast(z, dtype)
     w = ops.ones(classes, dtype) if weight is None else ops.cast(weight, dtype)
-    if "int" in keras.backend.standardize_dtype(target.dtype):
-        kept = target != ignore_index
-        exists = (target >= 0) & (target < classes)
+    if hard:
+        target = ops.cast(
+            target, "int64" if "64" in kind else "int32"
+        )  # a narrow one is never another that is negative
+        kept, exists = target != ignore_index, (target >= 0) & (target < classes)
+        if kind.startswith("u"):
+            kept = kept | (target < 0)  # large ones, which have become negative
         y = ops.cast(ops.expand_dims(target, -1) == ops.arange(classes, dtype=target.dtype), dtype)
         y = ops.where(ops.expand_dims(exists, -1), y, float("nan"))
         a = ((1 - label_smoothing) * y + label_smoothing / classes) * w
