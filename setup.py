@@ -1,8 +1,18 @@
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildPython(build_py):
+    """The package's folder is the checkout, where this file lies, too."""
+
+    def find_package_modules(self, package, package_dir):
+        return [found for found in super().find_package_modules(package, package_dir) if found[1] != "setup"]
+
 
 setup(
+    cmdclass={"build_py": BuildPython},
     ext_modules=[
         Extension(
             "lace_loss.ext._cpu",

@@ -19,6 +19,7 @@ def run(code):
 @pytest.mark.parametrize(
     ("module", "names"),
     {
+        "lace_loss": "LACELoss ext ref train __version__",
         "lace_loss.ref": "forward backward hessian_vector_product",
         "lace_loss.ext": "evaluate forward backward forward_backward",
         "lace_loss.ext.torch": "LACELoss lace_loss",
@@ -32,6 +33,18 @@ def test_public_names_are_where_the_readme_says(module, names):
 def loaded(modules, prefix):
     """Modules whose name begins with one of `prefix` after importing `modules`."""
     return run(f"import sys, {modules}; print([m for m in sys.modules if m.startswith({prefix})])").strip()
+
+
+def test_importing_the_package_alone_imports_none_of_its_parts():
+    assert loaded("lace_loss", ("torch", "numpy", "lace_loss.")) == "[]"
+
+
+def test_the_parts_are_attributes_of_the_package():
+    code = "import lace_loss; print(lace_loss.ext.forward([[0.0, 0.0]], [0]), lace_loss.LACELoss, lace_loss.__version__)"
+    assert run(code).split() == ["0.34657359027997264", "<class", "'lace_loss.ext.torch.LACELoss'>", version("lace-loss")]
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run("import lace_loss; lace_loss.lace")
+    assert "module 'lace_loss' has no attribute 'lace'" in error.value.stderr
 
 
 def test_ref_and_ext_need_numpy_only():
