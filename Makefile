@@ -1,5 +1,6 @@
 # make run    train cross entropy and LACE on scikit-learn's digits, three seeds each, and print the comparison
-# make test   run the tests
+# make test   run the tests; K=expression runs those whose names fit it, as pytest's -k
+# make quick  run a part of them in less than a minute
 # Both install what they need into .venv first. PYTHON=python3.12 chooses another Python, at least 3.11.
 
 PYTHON ?= python3
@@ -9,8 +10,14 @@ BIN := .venv/bin
 run: .venv/installed
 	$(BIN)/python -m lace_loss.train --loss both --seeds 0-2
 
+K :=
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(if $(K),-k "$(K)")
+
+# The definition, the kernel, every option, errors, edges and pages.
+quick: .venv/installed
+	$(BIN)/python -m pytest -q tests/test_edges.py tests/test_options.py tests/test_errors.py tests/test_pages.py README.md */README.md
+	@echo "Left out: accuracy beyond that, torch's cases, other machines, fuzzing, training, files, checker: make test"
 
 # Every float32 x, not every 64th: rows (0, x), (0, x, x), by the kernel and by lace_row.c. 6 minutes of CPU time.
 exhaustive: .venv/installed
@@ -28,4 +35,4 @@ lint: .venv/installed
 	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]' --config-settings editable_mode=strict
 	touch $@
 
-.PHONY: run test exhaustive lint
+.PHONY: run test quick exhaustive lint

@@ -11,17 +11,16 @@ def exact(logits, target, strength=1):
     z = [mpmath.mpf(float(value)) for value in logits]
     largest = max((abs(value) for value in z if mpmath.isfinite(value)), default=0)
     with mpmath.workdps(60 + max(0, int(mpmath.log10(largest + 1)))):  # a difference of 1e58 and 1 needs them
-        return _exact(z, target, strength)
-
-
-def _exact(z, target, strength):
-    e = [mpmath.exp(value - z[target]) for value in z]
-    others = mpmath.fsum(value for j, value in enumerate(e) if j != target)
-    q = [value / (1 + others) for value in e]
-    r, n = others / (1 + others), mpmath.log1p(others)
-    factor = (1 - strength) + strength * (r + q[target] * n)
-    loss = ((1 - strength) + strength * r) * n
-    return loss, [-factor * r if j == target else factor * value for j, value in enumerate(q)]
+        top = max(z)
+        # Below e^-10000 a term is 0 in every dtype; mpmath would raise e to an integer of 1e38.
+        e = [mpmath.exp(value - top) if value - top > -10_000 else mpmath.mpf(0) for value in z]
+        own, others = e[target], mpmath.fsum(value for j, value in enumerate(e) if j != target)
+        q = [value / (own + others) for value in e]
+        r = others / (own + others)
+        n = mpmath.log1p(others / own) if own else top - z[target] + mpmath.log(others)
+        factor = (1 - strength) + strength * (r + q[target] * n)
+        loss = ((1 - strength) + strength * r) * n
+        return loss, [-factor * r if j == target else factor * value for j, value in enumerate(q)]
 
 
 def ulps(got, wanted, dtype):
