@@ -4,6 +4,7 @@ The witness is `ref`: its gradient for what is a first derivative, its Hessian-v
 """
 
 import importlib
+import shutil
 from contextlib import nullcontext
 from itertools import product
 
@@ -212,6 +213,37 @@ def test_a_compiled_loss_takes_what_goes_beyond_torch(options, dynamic, at, kern
         for got, expected in zip(gradient_of(compiled, n), gradient_of(module, n), strict=True):
             assert at.is_near(got, expected)
     assert kernel_calls
+
+
+def test_a_gradient_of_a_compiled_loss_is_the_caller_s_own(at, kernel_calls):
+    compiled = torch.compile(lace_loss, fullgraph=True, backend="aot_eager")
+    for options in ({}, {"reduction": "none"}, {"weight": at.weight, "label_smoothing": 0.1}):
+        z = at.leaf()
+        loss = compiled(z, at.classes, **options).sum()
+        (gradient,) = torch.autograd.grad(loss, z, retain_graph=True)
+        once = gradient.clone()
+        gradient.mul_(2)
+        loss.backward()
+        assert torch.equal(z.grad, once)
+    assert kernel_calls
+
+
+@pytest.mark.parametrize("ignored", [2**63 - 1, -(2**63)])
+def test_either_end_of_64_bits_may_be_ignored_in_compiled_and_exported_graphs(ignored, at):
+    target = torch.tensor([0, ignored, 1, -1 - ignored], device=at.device)
+
+    class PerSample(torch.nn.Module):
+        def forward(self, z, t):
+            return torch.func.vmap(lambda z, t: lace_loss(z, t, ignore_index=ignored, reduction="sum"))(z, t)
+
+    backends = ["aot_eager", "inductor"] if any(map(shutil.which, ("c++", "g++", "clang++"))) else ["aot_eager"]
+    calls = [torch.compile(PerSample(), backend=backend) for backend in backends]
+    for call in (PerSample(), *calls, torch.export.export(PerSample(), (at.input, target)).module()):
+        losses = call(at.input, target)
+        assert losses.isnan().tolist() == [False, False, False, True]
+        assert losses[1] == 0
+        wanted = torch.tensor(ref.forward(at.input[::2].cpu(), [0, 1], reduction="none"))
+        assert at.is_near(losses[::2], wanted)
 
 
 @compile_options

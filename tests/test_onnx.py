@@ -1,11 +1,14 @@
 """A model with the loss in it exports to ONNX, and onnxruntime computes the same loss, for confident samples too."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from test_backends import Rows, values
 
 from lace_loss import ref
-from lace_loss.ext.torch import LACELoss
+from lace_loss.ext.torch import LACELoss, lace_loss
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -55,3 +58,39 @@ def test_confident_samples_keep_their_digits_in_onnxruntime():
     target = torch.zeros(41, dtype=torch.long)
     got = in_onnxruntime(LACELoss(reduction="none"), logits, target)(logits, target)
     assert np.allclose(got, ref.forward(logits, target, reduction="none"), rtol=2 * 40 * 2.0**-24, atol=0)
+
+
+class Found(torch.nn.Module):
+    """What a dictionary of results holds."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors):
+        return tuple(self.function(*tensors).values())
+
+
+def losses_and_statistics(z, t):
+    loss, found = lace_loss(z, t, reduction="none", statistics=True)
+    return {"loss": loss} | found
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("way", ["under vmap and jvp", "of a batch", "of a batch by the old exporter"])
+def test_the_golden_vectors_hold_in_onnxruntime_and_so_do_statistics(way, dtype):
+    rows = Rows(dtype)
+    z, v, t = rows.tensors
+    function, tensors = (values, (z, v, t)) if "vmap" in way else (losses_and_statistics, (z, t))
+    if "old" in way:
+        file = io.BytesIO()
+        torch.onnx.export(Found(function), tensors, file, dynamo=False)
+        program = file.getvalue()
+    else:
+        program = torch.onnx.export(
+            Found(function), tensors, dynamo=True, verbose=False
+        ).model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(program)
+    names = [node.name for node in session.get_inputs()]
+    results = session.run(None, dict(zip(names, map(torch.Tensor.numpy, tensors), strict=True)))
+    rows.assert_hold(dict(zip(function(*tensors), results, strict=True)))
