@@ -1,5 +1,6 @@
 """Every option, shape and target kind: the implementations agree with `ref`, and `ref` at strength 0 with torch."""
 
+import functools
 from itertools import product
 
 import numpy as np
@@ -45,6 +46,15 @@ def each_problem(dtype=np.float64):
             yield (shape, kind, options), problem(shape, kind, options, dtype)
 
 
+@functools.cache
+def solved_by_ref(dtype):
+    """Each problem with ref's loss and gradient."""
+    return [
+        (case, problem, ref.forward(*problem[:2], **problem[3]), ref.backward(*problem[:3], **problem[3]))
+        for case, problem in each_problem(dtype)
+    ]
+
+
 def assert_close(got, wanted, tolerance, case):
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted)
     assert got.shape == wanted.shape, case
@@ -65,31 +75,32 @@ def in_torch(function, logits, target, grad_output, weight=None, **options):
 
 def test_the_kernel_agrees_with_the_reference():
     for dtype, tolerance in ((np.float64, FLOAT64), (np.float32, FLOAT32)):
-        for case, (logits, target, grad_output, options) in each_problem(dtype):
+        for case, (logits, target, grad_output, options), *wanted in solved_by_ref(dtype):
             loss, gradient = ext.forward_backward(logits, target, grad_output, **options)
             assert loss.dtype == gradient.dtype == dtype
-            assert_close(loss, ref.forward(logits, target, **options), tolerance, case)
-            assert_close(gradient, ref.backward(logits, target, grad_output, **options), tolerance, case)
+            assert_close(loss, wanted[0], tolerance, case)
+            assert_close(gradient, wanted[1], tolerance, case)
             assert_close(ext.forward(logits, target, **options), loss.astype(float), 0, case)
             assert_close(ext.backward(logits, target, grad_output, **options), gradient.astype(float), 0, case)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_torch_agrees_with_the_reference(path, dtype):
-    for case, (logits, target, grad_output, options) in each_problem(dtype):
+    for case, (logits, target, grad_output, options), *wanted in solved_by_ref(dtype):
         loss, gradient = in_torch(lace_torch.lace_loss, logits, target, grad_output, **options)
         assert loss.dtype == gradient.dtype == dtype
         tolerance = COMPOSITE[np.dtype(dtype).name]
-        assert_close(loss, ref.forward(logits, target, **options), tolerance, case)
-        assert_close(gradient, ref.backward(logits, target, grad_output, **options), tolerance, case)
+        assert_close(loss, wanted[0], tolerance, case)
+        assert_close(gradient, wanted[1], tolerance, case)
 
 
 def test_strength_0_is_torch_cross_entropy():
-    for case, (logits, target, grad_output, options) in each_problem():
-        if options.pop("strength") == 0:
-            loss, gradient = in_torch(torch.nn.functional.cross_entropy, logits, target, grad_output, **options)
-            assert_close(loss, ref.forward(logits, target, strength=0, **options), FLOAT64, case)
-            assert_close(gradient, ref.backward(logits, target, grad_output, strength=0, **options), FLOAT64, case)
+    for case, (logits, target, grad_output, options), *wanted in solved_by_ref(np.float64):
+        if options["strength"] == 0:
+            others = {key: value for key, value in options.items() if key != "strength"}
+            loss, gradient = in_torch(torch.nn.functional.cross_entropy, logits, target, grad_output, **others)
+            assert_close(loss, wanted[0], FLOAT64, case)
+            assert_close(gradient, wanted[1], FLOAT64, case)
 
 
 def test_backward_is_the_slope_of_forward_and_the_hessian_product_that_of_backward():
