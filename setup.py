@@ -22,5 +22,5 @@ setup(
             # GCC vectorises the exponentials with -fno-trapping-math only; -ffp-contract=off keeps the bits the same.
             extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
         )
-    ]
+    ],
 )
