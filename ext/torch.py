@@ -221,7 +221,7 @@ def _refuse_target(target: Tensor, classes: int, ignore_index: int) -> None:
 
 def _checked(ignore_index: Any, reduction: Any, label_smoothing: Any, strength: Any) -> int:
     """`ignore_index`, where the options are those of a loss; raises what `cross_entropy` raises for them."""
-    if isinstance(ignore_index, (np.integer, Tensor)):
+    if type(ignore_index) is not int and isinstance(ignore_index, (np.integer, Tensor)):
         ignore_index = index(ignore_index)
     if type(ignore_index) is not int:
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
@@ -232,7 +232,7 @@ def _checked(ignore_index: Any, reduction: Any, label_smoothing: Any, strength: 
     if isinstance(strength, Tensor):
         raise TypeError("strength must be a number, not a Tensor: the loss has no derivative with respect to it")
     for name, value in (("label_smoothing", label_smoothing), ("strength", strength)):
-        if not isinstance(value, (Real, Tensor)):
+        if type(value) is not float and not isinstance(value, (Real, Tensor)):  # a class's own question takes 1 us
             raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
@@ -339,8 +339,9 @@ def _has_tangent(x: Tensor) -> bool:
 
 def _is_plain(*tensors: Tensor) -> bool:
     """Whether they are what they seem: no subclass, with memory, outside of torch.func and jit's tracing."""
+    compiling = torch.compiler.is_compiling()
     for x in tensors:
-        if type(x) not in _PLAIN or (not torch.compiler.is_compiling() and x._is_zerotensor()):
+        if type(x) not in _PLAIN or (not compiling and x._is_zerotensor()):
             return False
     return torch._C._get_tracing_state() is None and not torch._C._are_functorch_transforms_active()
 
@@ -466,7 +467,9 @@ class _Kernel(torch.autograd.Function):
         return loss, *found
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return 6 * (None,)
         if (formed := ctx.formed) is not None:
             ctx.formed = None  # it may be written over, and serves once
         return _differentiated(grad_output, ctx.saved_tensors, ctx.options, formed), *5 * (None,)

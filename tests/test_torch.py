@@ -572,7 +572,7 @@ def test_weights_that_sum_to_0_give_what_cross_entropy_gives(weight, smoothing, 
     input, weight = INPUT.to(device, dtype), weight.to(device, dtype)
     for target in (torch.tensor([0, 4, 0, 4]), torch.tensor([0, 4, 2, 2]), torch.full((4,), -100)):
         target = target.to(device)
-        for reduction in ("none", "mean", "sum"):
+        for reduction in ("mean", "sum"):
             options = {"reduction": reduction, "label_smoothing": smoothing}
             theirs = torch.nn.functional.cross_entropy(input, target, weight, **options)
             ours = lace_loss(input, target, weight, strength=0, **options)
