@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["backward", "forward", "gradient_like", "rows_like", "serves", "warps"]
+__all__ = ["backward", "forward", "gradient_like", "rows_like", "serves"]
 
 # Triton compares each global of a kernel before each launch, which took a quarter of it: numbers are written out here.
 # 1.4426950408889634 is log2 e, and 177 / 256 + 0.0017409305599452862 is ln 2: of eight bits, so that its multiples are
@@ -138,8 +138,7 @@ def _tile(first, start, samples, C: tl.constexpr, ROW: tl.constexpr, BC: tl.cons
     """Of BC columns: their classes, which exist, which to load, which to store 16 bytes at a time, and where they are.
 
     A row that begins between multiples of V logits (C = 50,257) is read from the multiple before it. Its masks are
-    alike for V logits side by side, or they would not be one load of 16 bytes: that may reach over the ends of the
-    row, but not over the end of the last one.
+    alike for V logits side by side, or they would not be one load of 16 bytes, which may reach over the row's ends.
     """
     i = first + tl.arange(0, BC)[None, :]
     if ROW == 0:
@@ -148,64 +147,86 @@ def _tile(first, start, samples, C: tl.constexpr, ROW: tl.constexpr, BC: tl.cons
         return i, i < C, i < C, i < C, start[:, None] + i
     else:
         before = start % V
-        shift, group = before.to(tl.int32), i // V * V
-        end = tl.where(start >= tl.cast(samples - 1, tl.int64) * ROW, (C + shift) // V * V, C + shift)[:, None]
-        shift = shift[:, None]
+        shift, group = before.to(tl.int32)[:, None], i // V * V
         j, whole = i - shift, (group >= shift) & (group + V <= C + shift)
-        return j, (j >= 0) & (j < C), group < end, whole, tl.multiple_of(start - before, V)[:, None] + i
+        return j, (j >= 0) & (j < C), group < C + shift, whole, tl.multiple_of(start - before, V)[:, None] + i
 
 
 @triton.jit
-def _load(z, t, exists, counts, first, start, ends, samples, C, ROW: tl.constexpr, BC: tl.constexpr, V: tl.constexpr):
-    """The logits of BC columns in float32, their classes, and which are of other classes than the target. Ignored rows
-    are not read; of planes they are, in the same 16 bytes as others, and count as -inf. `ends` where the last row is
-    among these.
+def _load(z, exists, counts, first, start, ends, samples, C, ROW: tl.constexpr, BC: tl.constexpr, V: tl.constexpr):
+    """The logits of BC columns in float32, their classes, and which exist. Ignored rows are not read; of planes they
+    are, in the same 16 bytes as others, and count as -inf. The last row is read one logit at a time, for 16 bytes may
+    reach over the end of all: `ends` where it is among these.
     """
     j, inside, near, _, place = _tile(first, start, samples, C, ROW, BC, V)
-    wanted = exists if ROW == 0 else counts
-    x = tl.load(z + place, mask=near & wanted[:, None], other=float("-inf")).to(tl.float32)
-    if V > 1:  # noqa: SIM102 - known to the compiler
-        if ends & (first + BC > C):
-            rest = tl.load(z + place, mask=inside & (near == 0) & wanted[:, None], other=float("-inf"))
-            x = tl.where(near, x, rest.to(tl.float32))
+    wanted = (exists if ROW == 0 else counts)[:, None]
+    if V > 1:
+        x = tl.load(z + place, mask=near & (wanted & (ends == 0)), other=float("-inf")).to(tl.float32)
+        if ends:
+            x = tl.load(z + place, mask=inside & wanted, other=float("-inf")).to(tl.float32)
+    else:
+        x = tl.load(z + place, mask=near & wanted, other=float("-inf")).to(tl.float32)
     if ROW == 0:
         x = tl.where(counts[:, None], x, float("-inf"))
-    return x, j, inside & (j != t[:, None])
+    return x, j, inside
 
 
 @triton.jit
-def _load_others(
-    z, t, exists, counts, first, start, ends, samples,
-    C: tl.constexpr, ROW: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, LONG: tl.constexpr,
-):  # fmt: skip
-    """`_load`, with -inf for what is no other class. Most blocks of one LONG row hold nothing of the kind, and are not
-    asked one logit at a time, which would be a quarter of the instructions.
+def _add(m, total, lost, ahead, x, z_t, before, others, WIDE: tl.constexpr):
+    """The largest other logit, the sum of exponentials relative to its origin, and the rank, with those of x. Classes
+    `before` the target's are ahead of it if they tie; it is None where nobody asks for the rank.
     """
-    if LONG:
-        j, inside, _, _, place = _tile(first, start, samples, C, ROW, BC, V)
-        others, own = inside & (j != t[:, None]), tl.max(t, 0)
-        if (first == 0) | (first + BC > C) | (own < 0) | ((own > first - V) & (own < first + BC)):
-            x, j, others = _load(z, t, exists, counts, first, start, ends, samples, C, ROW, BC, V)
-            x = tl.where(others, x, float("-inf"))
-        else:
-            x = tl.load(z + place).to(tl.float32)
-        return x, j, others
-    else:
-        x, j, others = _load(z, t, exists, counts, first, start, ends, samples, C, ROW, BC, V)
-        return tl.where(others, x, float("-inf")), j, others
-
-
-@triton.jit
-def _add(m, total, lost, ahead, x, j, others, t, z_t, WIDE: tl.constexpr, STATISTICS: tl.constexpr):
-    """The largest other logit, the sum of exponentials relative to its origin, and the rank, with those of x."""
-    if STATISTICS:
-        behind = tl.where(j < t[:, None], x < z_t[:, None], x <= z_t[:, None])  # never a NaN
-        ahead += tl.sum((others & (behind == 0)).to(tl.int32), 1)
+    if before is not None:
+        counted = tl.where(before, x < z_t[:, None], x <= z_t[:, None]) == 0  # NaN, too
+        if others is not None:
+            counted &= others
+        ahead += tl.sum(counted.to(tl.int32), 1)
     larger = tl.maximum(m, tl.max(x, 1))
     origin = tl.where(larger == float("-inf"), 0.0, _origin(larger))
     moved = _exp(_origin(m), origin, 0, True)
     total, lost = _plus(total * moved, lost * moved, _exp_to_add(x, origin[:, None], WIDE))
     return larger, total, lost, ahead
+
+
+@triton.jit
+def _others(
+    z, t, z_t, exists, counts, start, ends, samples,
+    C: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr,
+    WIDE: tl.constexpr, RANKED: tl.constexpr,
+):  # fmt: skip
+    """The largest logit of other classes than the target's, the sum of their exponentials relative to its origin in two
+    parts, and the rank.
+
+    Of one row in several blocks most are whole and without the target: they are read first, and no logit is asked for
+    its class, which would be a quarter of the instructions. Then come the first block, the last and the target's.
+    """
+    m, s, lost = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+    ahead = tl.zeros([BM], tl.int32)
+    BLOCKS: tl.constexpr = (C + V - 1 + BC - 1) // BC
+    FIRST: tl.constexpr = 1 if V > 1 else 0  # that is whole, and the first that is not
+    WHOLE: tl.constexpr = C // BC
+    steps = BLOCKS
+    own, inner = 0, 0
+    if BM == 1 and WHOLE - FIRST > 1:
+        own = tl.max(tl.where(t < 0, -1, (t + (start % V).to(tl.int32)) // BC), 0)
+        inner = ((own >= FIRST) & (own < WHOLE)).to(tl.int32)
+        base = start - start % V
+        for n in range(FIRST, tl.where(own < 0, FIRST, WHOLE - inner)):
+            k = n + inner * (n >= own).to(tl.int32)
+            place = tl.multiple_of(base, V)[:, None] + (k * BC + tl.arange(0, BC)[None, :])
+            x = tl.load(z + place).to(tl.float32)
+            m, s, lost, ahead = _add(m, s, lost, ahead, x, z_t, k < own if RANKED else None, None, WIDE)
+        steps = FIRST + BLOCKS - WHOLE + inner
+    for n in range(0, steps):
+        k = n
+        if BM == 1 and WHOLE - FIRST > 1:
+            k = tl.where(n < FIRST, n, n - FIRST + WHOLE)
+            k = tl.where(k == BLOCKS, own, k)
+        x, j, inside = _load(z, exists, counts, k * BC, start, ends, samples, C, ROW, BC, V)
+        others = inside & (j != t[:, None])
+        x = tl.where(others, x, float("-inf"))
+        m, s, lost, ahead = _add(m, s, lost, ahead, x, z_t, j < t[:, None] if RANKED else None, others, WIDE)
+    return m, s, lost, ahead
 
 
 @triton.jit
@@ -241,42 +262,55 @@ def _weighted(w, loss):
 
 
 @triton.jit
-def _gradient(x, j, t, m, a, g, WIDE: tl.constexpr):
-    """a exp(x - m), and g for the target, of which both are given 2^24 times as large."""
-    return tl.where(j == t[:, None], g[:, None] * 2.0**-24, _exp(x, m[:, None], 40, WIDE) * a[:, None] * 2.0**-64)
+def _gradient(x, m, a, WIDE: tl.constexpr):
+    """a exp(x - m), for an a that is 2^24 times as large."""
+    return _exp(x, m[:, None], 40, WIDE) * a[:, None] * 2.0**-64
 
 
 @triton.jit
-def _smoothed_gradient(x, j, t, w, m, q_m, n_m, factors, g, only, g_only, spread, strength, rest):
-    """q_j sum a K - a_j K_j, and g for the target and g_only for the largest other logit if it is the only one."""
+def _smoothed_gradient(x, w, m, q_m, n_m, factors, only, g_only, spread, strength, rest):
+    """q_j sum a K - a_j K_j, and g_only for the largest logit but the target's if it is the only one."""
     q = _exp(x, m[:, None], 64, True) * q_m[:, None] * 2.0**-64
     _, k = _factors(1.0 - q, q, m[:, None] - x + n_m[:, None], strength, rest)
-    value = q * factors[:, None] - spread * w * k
-    return tl.where(j == t[:, None], g[:, None], tl.where(x == only[:, None], g_only[:, None], value))
+    return tl.where(x == only[:, None], g_only[:, None], q * factors[:, None] - spread * w * k)
 
 
 @triton.jit
-def _store(gradient, value, first, start, exists, samples, C, ROW: tl.constexpr, BC: tl.constexpr, V: tl.constexpr):
-    _, inside, _, whole, place = _tile(first, start, samples, C, ROW, BC, V)
+def _store(
+    gradient, value, first, start, to, exists, samples,
+    C, ROW: tl.constexpr, GRADIENT_ROW: tl.constexpr, BC: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """16 bytes at a time where the gradient lies as the logits do."""
+    j, inside, _, whole, place = _tile(first, start, samples, C, ROW, BC, V)
     value = value.to(gradient.dtype.element_ty)
-    tl.store(gradient + place, value, mask=whole & exists[:, None])
-    if V > 1:  # noqa: SIM102 - known to the compiler
+    if V == 1 or ROW != GRADIENT_ROW:
+        place = to[:, None] + (j.to(tl.int64) * samples if ROW == 0 else j)
+        tl.store(gradient + place, value, mask=inside & exists[:, None])
+    else:
+        tl.store(gradient + place, value, mask=whole & exists[:, None])
         if (first == 0) | (first + BC > C - V):
             tl.store(gradient + place, value, mask=inside & (whole == 0) & exists[:, None])
+
+
+@triton.jit
+def _store_own(gradient, g, t, to, mine, samples, ROW: tl.constexpr):
+    """The target's entry, after those of all classes: to choose in each is a quarter of the instructions."""
+    tl.debug_barrier()
+    place = to + (t.to(tl.int64) * samples if ROW == 0 else t)
+    tl.store(gradient + place, g.to(gradient.dtype.element_ty), mask=mine & (t >= 0))
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def _forward(
     z, target, weight, loss, weights, rows, divisor, gradient, cross_entropy, probability, rank,
     samples, total, ignore_index, strength, rest, smoothing,
-    C: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr,
-    SMOOTHED: tl.constexpr, REDUCED: tl.constexpr,
+    C: tl.constexpr, ROW: tl.constexpr, GRADIENT_ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    V: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr,
 ):  # fmt: skip
     """Losses and weights of the samples or, with all in one program, their sum or mean; what `rows` keeps for the
     backward pass; statistics; the gradient, divided by `divisor`.
     """
     WIDE: tl.constexpr = z.dtype.element_ty == tl.float32
-    LONG: tl.constexpr = (BM == 1) & (C > BC) & (gradient is None)  # more registers: too many for large blocks
     sample, exists, start = _samples_of(tl.program_id(0), samples, C, ROW, BM)
     ends = tl.program_id(0) == tl.cdiv(samples, BM) - 1
     t, counts, wrong = _class_of(target, sample, exists, ignore_index, C)
@@ -285,11 +319,9 @@ def _forward(
     z_t = tl.load(z + to_class, mask=t >= 0, other=0.0).to(tl.float32)
     w = tl.full([BM], 1.0, tl.float32) if weight is None else tl.load(weight + known)
 
-    m, s, lost = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
-    ahead = tl.zeros([BM], tl.int32)
-    for first in range(0, C + V - 1, BC):
-        x, j, others = _load_others(z, t, exists, counts, first, start, ends, samples, C, ROW, BC, V, LONG)
-        m, s, lost, ahead = _add(m, s, lost, ahead, x, j, others, t, z_t, WIDE, rank is not None)
+    m, s, lost, ahead = _others(
+        z, t, z_t, exists, counts, start, ends, samples, C, ROW, BM, BC, V, WIDE, rank is not None
+    )
     if not (WIDE or SMOOTHED):
         m = tl.where(tl.abs(m) < 1 / 64, 0.0, m)  # for _split_exp; any m near the largest logit would do
     m, r, raised_r, q, n, q_m, raised_q_m, n_m = _row(z_t, m, s, lost)
@@ -304,7 +336,8 @@ def _forward(
         f_less, k_less = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
         lost, f_lost, k_lost = less, less, less
         for first in range(0, C + V - 1, BC):
-            x, j, others = _load(z, t, exists, counts, first, start, ends, samples, C, ROW, BC, V)
+            x, j, inside = _load(z, exists, counts, first, start, ends, samples, C, ROW, BC, V)
+            others = inside & (j != t[:, None])
             w_j = _class_weights(weight, j, C)
             e = _exp(x, m[:, None], 0, True)
             q_j = e * q_m[:, None]
@@ -359,14 +392,15 @@ def _forward(
         tl.store(probability + sample, tl.where(counts, q * bad, 0.0), mask=exists)
         tl.store(rank + sample, tl.where(counts & (wrong == 0), ahead, C).to(tl.int64), mask=exists)
     if gradient is not None:
-        _, _, to = _samples_of(tl.program_id(0), samples, C, C if ROW else 0, BM)
+        _, _, to = _samples_of(tl.program_id(0), samples, C, GRADIENT_ROW, BM)
         scale = bad if divisor is None else bad * tl.div_rn(1.0, tl.load(divisor))
         a = tl.where(counts, w * k_t * raised_q_m * scale, 0.0)
         g = tl.where(counts, -w * k_t * raised_r * scale, 0.0)
         for first in range(0, C + V - 1, BC):
-            x, j, others = _load(z, t, exists, counts, first, start, ends, samples, C, ROW, BC, V)
-            value = _gradient(x, j, t, m, a, g, WIDE)
-            _store(gradient, value, first, to, exists, samples, C, ROW, BC, V)
+            x, _j, _inside = _load(z, exists, counts, first, start, ends, samples, C, ROW, BC, V)
+            value = _gradient(x, m, a, WIDE)
+            _store(gradient, value, first, start, to, exists, samples, C, ROW, GRADIENT_ROW, BC, V)
+        _store_own(gradient, g * 2.0**-24, t, to, exists, samples, ROW)
 
 
 @triton.jit
@@ -386,8 +420,8 @@ def _next(rows, total, exists):
 def _backward(
     gradient, grad_output, z, target, weight, rows, divisor,
     samples, total, splits: tl.constexpr, ignore_index, strength, rest, smoothing,
-    C: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr,
-    SMOOTHED: tl.constexpr, EACH: tl.constexpr, FORMED: tl.constexpr,
+    C: tl.constexpr, ROW: tl.constexpr, GRADIENT_ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    V: tl.constexpr, SMOOTHED: tl.constexpr, EACH: tl.constexpr, FORMED: tl.constexpr,
 ):  # fmt: skip
     """The gradient, from `rows`; where it is formed already for a grad_output of 1, only for another one."""
     if FORMED:  # noqa: SIM102
@@ -396,7 +430,7 @@ def _backward(
     WIDE: tl.constexpr = z.dtype.element_ty == tl.float32
     sample, exists, start = _samples_of(tl.program_id(0) // splits, samples, C, ROW, BM)
     ends = tl.program_id(0) // splits == tl.cdiv(samples, BM) - 1
-    _, _, to = _samples_of(tl.program_id(0) // splits, samples, C, C if ROW else 0, BM)
+    _, _, to = _samples_of(tl.program_id(0) // splits, samples, C, GRADIENT_ROW, BM)
     t, counts, _ = _class_of(target, sample, exists, ignore_index, C)
     scale = tl.load(grad_output + sample, mask=exists, other=0.0) if EACH else tl.load(grad_output)
     scale = tl.where(counts, scale.to(tl.float32), 0.0)
@@ -411,20 +445,23 @@ def _backward(
         g, rows = _next(rows, total, exists)
         only, rows = _next(rows, total, exists)
         g_m, rows = _next(rows, total, exists)
+        g = tl.where(counts, g * scale, 0.0)
     else:
         a, rows = _next(rows, total, exists)
         g, rows = _next(rows, total, exists)
-        a, g = tl.where(counts, a * scale, 0.0), tl.where(counts, g * scale, 0.0)
+        a, g = tl.where(counts, a * scale, 0.0), tl.where(counts, g * scale * 2.0**-24, 0.0)
     for step in range(0, C + V - 1, splits * BC):
         first = step + tl.program_id(0) % splits * BC
-        x, j, _others = _load(z, t, exists, counts, first, start, ends, samples, C, ROW, BC, V)
+        x, j, _inside = _load(z, exists, counts, first, start, ends, samples, C, ROW, BC, V)
         if SMOOTHED:
             w = _class_weights(weight, j, C)
-            value = _smoothed_gradient(x, j, t, w, m, q_m, n_m, factors, g, only, g_m, smoothing / C, strength, rest)
+            value = _smoothed_gradient(x, w, m, q_m, n_m, factors, only, g_m, smoothing / C, strength, rest)
             value = tl.where(counts[:, None], value * scale[:, None], 0.0)
         else:
-            value = _gradient(x, j, t, m, a, g, WIDE)
-        _store(gradient, value, first, to, exists, samples, C, ROW, BC, V)
+            value = _gradient(x, m, a, WIDE)
+        _store(gradient, value, first, start, to, exists, samples, C, ROW, GRADIENT_ROW, BC, V)
+    mine = exists if splits == 1 else (t + (start % V).to(tl.int32)) // BC % splits == tl.program_id(0) % splits
+    _store_own(gradient, g, t, to, mine, samples, ROW)
 
 
 @triton.jit
@@ -432,10 +469,6 @@ def _trial(place):
     tl.store(place, 1.0)
 
 
-# Logits of a program, 32 a thread (16 with smoothing, which has more to keep in registers); longer rows are read block
-# by block. A program that forms the gradient in the forward pass reads its row twice: it is larger, for fewer rows to
-# be under way at a time, and the L2 cache to hold them until then.
-_BLOCK, _LARGE_BLOCK, _ONE_PROGRAM = 4096, 8192, 16384
 _ENOUGH_PROGRAMS = 256  # about two for each multiprocessor
 
 
@@ -476,13 +509,12 @@ def forward(
     rows = rows_like(input, label_smoothing) if kept else None
     gradient = gradient_like(input) if gradient_in_forward else None
     found = [z.new_empty(target.shape, dtype=x) for x in (torch.float32, torch.float32, torch.int64)] * statistics
-    bm, bc, v = _block(
-        z, row, side_by_side, _LARGE_BLOCK if gradient_in_forward else _BLOCK // (1 + (label_smoothing > 0))
-    )
+    gradient_row = _gradient_row(row, classes)
+    bm, bc, v, warps = _block(z, row, side_by_side, gradient_in_forward, label_smoothing > 0)
 
     # Few logits are a matter of launches: one program reduces the loss, too.
-    in_one = reduction != "none" and not gradient_in_forward and row > 0 and 0 < total <= _LARGE_BLOCK
-    in_one = in_one and bc >= classes and _power_of_2(total) * bc <= _ONE_PROGRAM
+    in_one = reduction != "none" and not gradient_in_forward and row > 0 and 0 < total <= 8192
+    in_one = in_one and bc >= classes and _power_of_2(total) * bc <= 16384
     divisor = _divisor(target, weight, classes, ignore_index) if gradient_in_forward and mean else None
     # The loss is a tensor of its own, for it may be changed in place.
     pairs = z.new_empty((2, *target.shape), dtype=torch.float32) if mean and not in_one and divisor is None else None
@@ -491,12 +523,13 @@ def forward(
     if total:
         if in_one:
             bm = _power_of_2(total)
-            bc = min(bc, _LARGE_BLOCK // bm)
+            bc = min(bc, 8192 // bm)
+            warps = _warps(bm * bc)
         _launch(
-            _forward, total // side_by_side * triton.cdiv(side_by_side, bm), bm * bc, input,
+            _forward, total // side_by_side * triton.cdiv(side_by_side, bm), warps, input,
             *(z, target, weight, loss, weights, rows, divisor, gradient, *(found or 3 * [None])),
             *(side_by_side, total, ignore_index, strength, 1 - strength, label_smoothing),
-            *(classes, row, bm, bc, v, label_smoothing > 0, reduction if in_one else "none"),
+            *(classes, row, gradient_row, bm, bc, v, label_smoothing > 0, reduction if in_one else "none"),
         )  # fmt: skip
     if pairs is not None:
         divisor, loss = pairs.view(2, -1).sum(1).unbind()
@@ -532,26 +565,27 @@ def backward(
     gradient = gradient_like(input) if formed is None else formed
     each = any(grad_output.stride())
     grad_output = grad_output.resolve_neg().contiguous() if each else grad_output
-    bm, bc, v = _block(z, row, side_by_side, _BLOCK // (1 + (label_smoothing > 0)))
+    gradient_row = _gradient_row(row, classes)
+    bm, bc, v, warps = _block(z, row, side_by_side, False, label_smoothing > 0)
     blocks, columns = total // max(1, side_by_side) * triton.cdiv(side_by_side, bm), triton.cdiv(classes, bc)
     # A program that finds the gradient formed costs about as much as one that forms a few thousand entries.
     splits = 1 if formed is not None else _power_of_2(min(columns, triton.cdiv(16 * _ENOUGH_PROGRAMS, max(1, blocks))))
     if total:
         _launch(
-            _backward, blocks * splits, bm * bc, input,
+            _backward, blocks * splits, warps, input,
             *(gradient, grad_output, z, target, weight, rows, divisor if reduction == "mean" else None),
             *(side_by_side, total, splits, ignore_index, strength, 1 - strength, label_smoothing),
-            classes, row, bm, bc, v, label_smoothing > 0, each, formed is not None,
+            *(classes, row, gradient_row, bm, bc, v, label_smoothing > 0, each, formed is not None),
         )  # fmt: skip
     return gradient
 
 
-def _launch(kernel: Any, programs: int, logits: int, input: Tensor, *arguments: Any) -> None:
+def _launch(kernel: Any, programs: int, warps: int, input: Tensor, *arguments: Any) -> None:
     with torch.cuda.device_of(input):  # launches go to the current device
-        kernel[(programs,)](*arguments, num_warps=warps(logits), enable_fp_fusion=True)  # 3.9 wants to be told
+        kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=True)  # 3.9 wants to be told
 
 
-def warps(logits: int) -> int:
+def _warps(logits: int) -> int:
     """Of a program."""
     return max(1, min(4, logits // 256), min(16, logits // 1024))
 
@@ -576,9 +610,19 @@ def _laid_out(input: Tensor) -> tuple[Tensor, int, int]:
 
 
 def gradient_like(input: Tensor) -> Tensor:
-    """Room for the gradient, where `backward` writes it: as the logits lie, without gaps."""
+    """Room for the gradient, where `backward` writes it: as the logits lie, without large gaps."""
     z, row, _ = _laid_out(input)
-    return torch.empty_like(z) if row in (0, _classes(input)) else z.new_empty(z.shape)
+    classes = _classes(input)
+    if row in (0, classes):
+        return torch.empty_like(z)
+    return z.new_empty((z.shape[0], _gradient_row(row, classes)))[:, :classes]
+
+
+def _gradient_row(row: int, classes: int) -> int:
+    """The distance of its rows: that of the logits' where these are cut from somewhat longer ones, for one pattern of
+    16 bytes to serve both.
+    """
+    return row if row <= classes + classes // 8 else classes
 
 
 def rows_like(input: Tensor, label_smoothing: float) -> Tensor:
@@ -598,15 +642,35 @@ def _power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _block(z: Tensor, row: int, side_by_side: int, logits: int) -> tuple[int, int, int]:
-    """Samples and classes of a program, and how many logits make up 16 bytes where rows begin in between."""
-    classes = _classes(z)
-    bc = min(_power_of_2(classes), logits if row else 32)
+def _block(z: Tensor, row: int, side_by_side: int, twice: bool, smoothed: bool) -> tuple[int, int, int, int]:
+    """Samples and classes of a program, how many logits make up 16 bytes where rows begin in between, and its warps.
+
+    The many instructions of a sample after its last logit are run by all threads that share it. Where there are samples
+    enough, a thread has them for itself, or a warp. Elsewhere more threads are faster.
+    """
+    classes, v = _classes(z), 16 // z.element_size()
+    samples = z.numel() // classes
+    shifted = row > 0 and (classes % v or row % v) and _gradient_row(row, classes) == row and z.data_ptr() % 16 == 0
+    each = not (twice or smoothed)
+    if row == 0 and each and side_by_side >= 32 and samples >= 32 * _ENOUGH_PROGRAMS:
+        warps = 2 if classes >= 64 else 1
+        bm = 32 * v * warps
+        while bm > 32 and (bm > side_by_side or samples < 2 * bm * _ENOUGH_PROGRAMS):
+            bm //= 2
+        return bm, min(4 * warps, _power_of_2(classes)), 1, warps
+    if row > 0 and each and classes <= 512 and samples >= 64 * _ENOUGH_PROGRAMS:
+        bm = 128
+        while samples < 2 * bm * _ENOUGH_PROGRAMS:
+            bm //= 2
+        return bm, v, v if shifted else 1, 1
+    if row > 0 and each and classes > 512 and samples >= 8 * _ENOUGH_PROGRAMS:
+        bm, bc = (32, 4 * v) if classes <= 2048 and samples >= 64 * _ENOUGH_PROGRAMS else (1, 1024)
+        return bm, bc, v if shifted else 1, 1
+    # 32 logits a thread; 16 with smoothing, which keeps more in registers. A program that forms the gradient in the
+    # forward pass reads its row twice: it is larger, for fewer rows to be under way and the L2 cache to hold them.
+    logits = 8192 if twice else 2048 if smoothed else 4096
+    bc = min(_power_of_2(classes + v - 1 if shifted else classes), logits if row else 32)
     bm = min(logits // bc, _power_of_2(side_by_side))
-    while bm > max(1, 512 // bc) and z.numel() // classes < _ENOUGH_PROGRAMS * bm:
+    while bm > max(1, 512 // bc) and samples < _ENOUGH_PROGRAMS * bm:
         bm //= 2
-    v = 16 // z.element_size()
-    shifted = (
-        row == classes > 256 and classes % v and (classes > bc or classes + v - 1 <= bc) and z.data_ptr() % 16 == 0
-    )
-    return bm, bc, v if shifted else 1
+    return bm, bc, v if shifted and classes >= v else 1, _warps(bm * bc)

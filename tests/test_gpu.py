@@ -7,11 +7,11 @@ import collections
 import contextlib
 import importlib.util
 import io
+import random
 import re
 import subprocess
 import sys
 from itertools import islice
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,9 @@ from lace_loss.ref.check import run
 from lace_loss.ref.installed import in_torch
 
 triton = pytest.importorskip("triton", reason="no Triton on this machine")
+from benchmarks import gpu_counts  # noqa: E402
 from machines import emulated  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from lace_loss.ext import gpu  # noqa: E402
 
@@ -86,6 +88,78 @@ def test_long_rows_are_as_exact_as_short_ones(launched):
         wanted = ref.backward(logits, [17, 5000], reduction="sum")
         off = np.abs(input.grad.cpu().numpy() - wanted) / np.spacing(np.abs(wanted).astype(np.float32))
         assert off.max() <= ULP["gpu"]
+
+
+def a_call(rng):
+    """Logits in some layout at some address, their classes, a grad_output that float16 has, and options, as drawn."""
+    classes = rng.choice([1, 2, 3, 10, 19, 37, 65, 100, 127, 256, 257, 300, 513, 1100])
+    samples = rng.choice([1, 2, 3, 7, 33, 70])
+    dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    layout = rng.choice(["rows", "rows", "offset", "of longer rows", "strided", "transposed", "planes", "last"])
+    shape = (samples, classes, rng.choice([1, 3, 40])) if layout in ("planes", "last") else (samples, classes)
+    logits = rng.choice([0.1, 3.0, 30.0]) * torch.randn(shape, generator=generator)
+    if rng.random() < 0.3:
+        logits[torch.rand(shape, generator=generator) < 0.05] = rng.choice([-torch.inf, -200.0, 0.0])
+    z = logits.to(dtype)
+    if layout == "offset":
+        offset = rng.randrange(1, 8)
+        z = torch.cat([z.new_full((offset,), torch.nan), z.reshape(-1)])[offset:].view(shape)
+    elif layout == "of longer rows":
+        z = torch.cat([z, z.new_full((samples, rng.randrange(1, 9)), torch.nan)], 1)[:, :classes]
+    elif layout == "strided":
+        z = z.repeat_interleave(2, 0)[::2]
+    elif layout == "transposed":
+        z = z.t().contiguous().t()
+    elif layout == "last":
+        z = z.movedim(1, -1).contiguous().movedim(-1, 1)
+    target = torch.randint(classes, shape[:1] + shape[2:], generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.2] = -100
+    target = target.to(rng.choice([torch.int64, torch.int32, torch.int16]))
+    options = {"reduction": rng.choice(["mean", "sum", "none"]), "strength": rng.choice([1.0, 1.0, 0.0, 0.5])}
+    if rng.random() < 0.3:
+        options["weight"] = torch.rand(classes, generator=generator).to(dtype)
+    if rng.random() < 0.2 and options["reduction"] != "none":
+        options["gradient_in_forward"] = True
+    size = target.shape if options["reduction"] == "none" and rng.random() < 0.5 else ()
+    grad_output = rng.choice([1.0, 32768.0, -0.3]) * (torch.rand(size, generator=generator) if size else torch.ones(()))
+    return z, target, grad_output, options
+
+
+@pytest.mark.parametrize("ex2", [0, -1, 1], ids=["exact", "low", "high"])
+@pytest.mark.parametrize("many", [256, 1], ids=["few", "many"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own exp2 is what it is")
+def test_random_calls_are_within_16_ulp_with_the_worst_exp2_that_is_allowed(ex2, many, monkeypatch):
+    """Of what is not a sum of losses or rounded to a half type: those are within a few units of it, too."""
+    rng = random.Random(f"{ex2} {many}")
+    monkeypatch.setattr(gpu, "_ENOUGH_PROGRAMS", many)
+    with emulated.active(emulated.Driver(ex2_error=ex2 * 2.0**-22)):
+        for number in range(24):
+            z, target, grad_output, options = a_call(rng)
+            z.requires_grad_()
+            loss = lace_loss(z, target, **options)
+            expected = dict(options)
+            expected.pop("gradient_in_forward", None)
+            if (weight := options.get("weight")) is not None:
+                expected["weight"] = weight.float().numpy()
+            above = torch.broadcast_to(grad_output, loss.shape).to(loss.dtype)
+            (gradient,) = torch.autograd.grad(loss, z, above)
+            given = z.detach().double().numpy(), target.numpy()
+            with np.errstate(all="ignore"):
+                wanted = ref.forward(*given, **expected), ref.backward(*given, above.double().numpy(), **expected)
+                for got, right in zip((loss.detach(), gradient), wanted, strict=True):
+                    assert is_near(got, np.asarray(right), grad_output.abs().max().item()), (number, z.shape, options)
+
+
+def is_near(got, right, factor):
+    """Within the bound in units of float32 and, of a half type, one of its own for the last rounding."""
+    info, half = torch.finfo(got.dtype), got.dtype != torch.float32
+    got = got.double().numpy()
+    unit = np.maximum(2.0**-23 * np.abs(right), 2.0**-149 * max(1, factor))
+    last = half * info.eps * np.maximum(np.abs(right), info.smallest_normal)
+    overflown = np.isinf(got) & (np.abs(right) > info.max)
+    same = (got == right) | (np.isnan(got) & np.isnan(right)) | overflown
+    return bool((same | (np.abs(got - right) <= ULP["gpu"] * unit + last)).all())
 
 
 # The largest of the other logits and what all the rest hold, for which 262,144 exponentials lose most of their sum, if
@@ -152,6 +226,33 @@ def test_the_statistics_of_a_step_cost_its_backward_pass_nothing(launched):
             without = operations
     assert "aten::ones_like" in without
     assert sorted(operations) == sorted(without)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(259, 10), (130, 65), (70, 256), (67, 513), (9, 4099), (2, 19, 3, 43), (3, 70, 65)])
+def test_many_samples_are_given_a_thread_or_a_warp_each(shape, dtype, launched, monkeypatch):
+    """As if a GPU had few multiprocessors, for so many samples to be many."""
+    device, _ = launched
+    monkeypatch.setattr(gpu, "_ENOUGH_PROGRAMS", 1)
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(shape, generator=generator)
+    target = torch.randint(shape[1], shape[:1] + shape[2:], generator=generator)
+    target.view(-1)[3] = -100
+    logits = logits.to(dtype)
+    for statistics in (False, True):
+        input = logits.detach().clone().to(device).requires_grad_()
+        assert gpu._block(input, *gpu._laid_out(input)[1:], False, False)[-1] <= 2
+        loss = lace_loss(input, target.to(device), statistics=statistics)
+        loss, found = loss if statistics else (loss, None)
+        loss.backward()
+        given = logits.double().numpy(), target.numpy()
+        tolerance = FLOAT32 if dtype == torch.float32 else 2**-8
+        assert_close(loss.detach().float().cpu(), ref.forward(*given), tolerance, shape)
+        assert_close(input.grad.float().cpu(), ref.backward(*given), tolerance, shape)
+        if statistics:
+            wanted = lace_torch._statistics(logits, target, -100)
+            assert torch.equal(found["rank"].cpu(), wanted[2])
+            torch.testing.assert_close(found["cross_entropy"].cpu(), wanted[0], rtol=1e-4, atol=1e-6)
 
 
 def test_every_option_agrees_with_the_reference(launched):
@@ -304,50 +405,6 @@ assert "lace_loss.ext.gpu" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def launches(monkeypatch, shape, dtype, **options):
-    """(kernel, number of programs, logits of one, arguments) of a forward and backward pass: what would be launched."""
-    found = []
-    monkeypatch.setattr(gpu, "_launch", lambda *launch: found.append((*launch[:3], launch[4:])))
-    z = torch.empty(shape, dtype=dtype, device="meta")
-    target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device="meta")
-    early, statistics = options.get("gradient_in_forward", False), options.get("statistics", False)
-    weight = torch.empty(shape[1], device="meta") if "smoothing" in options else None
-    given = (-100, "mean", options.get("smoothing", 0.0), 1.0)
-    outputs = gpu.forward(z, target, weight, True, *given, statistics, gradient_in_forward=early)
-    formed = outputs[-1] if early else None
-    gpu.backward(torch.empty((), device="meta"), z, target, weight, *outputs[1:3], *given, formed=formed)
-    return found
-
-
-def compiled(kernel, logits, arguments, target):
-    """As Triton would on a launch, which specialises on multiples of 16 and 1."""
-    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-    signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
-        name = parameter.name
-        general = parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not general):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = types[value.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and not general):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": gpu.warps(logits), "enable_fp_fusion": True}
-    return triton.compile(source, target=target, options=options)
-
-
-def machine_code(binary, tmp_path):
-    """Counts of its instructions."""
-    (tmp_path / "cubin").write_bytes(binary.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    text = subprocess.run([tool, "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
-    return collections.Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", text, re.M))
-
-
 SHAPES = {
     "100 x 100": ((100, 100), torch.float32, {"statistics": True}),
     "256 x 1000": ((256, 1000), torch.bfloat16, {}),
@@ -363,12 +420,10 @@ SHAPES = {
 
 @pytest.mark.parametrize("arch", [80, 90, "gfx942"])
 @pytest.mark.parametrize(("shape", "dtype", "options"), SHAPES.values(), ids=SHAPES.keys())
-def test_compiled_kernels_keep_to_registers_read_16_bytes_at_a_time_and_know_no_float64(
-    shape, dtype, options, arch, monkeypatch, tmp_path
-):
-    target = triton.backends.compiler.GPUTarget(*(("hip", arch, 64) if arch == "gfx942" else ("cuda", arch, 32)))
-    for kernel, _, logits, arguments in launches(monkeypatch, shape, dtype, **options):
-        binary = compiled(kernel, logits, arguments, target)
+def test_compiled_kernels_keep_to_registers_read_16_bytes_at_a_time_and_know_no_float64(shape, dtype, options, arch):
+    target = GPUTarget(*(("hip", arch, 64) if arch == "gfx942" else ("cuda", arch, 32)))
+    for launch in gpu_counts.launches(torch.empty(shape, dtype=dtype, device="meta"), **options):
+        binary = gpu_counts.compiled(launch, target)
         if arch == "gfx942":
             text = binary.asm["amdgcn"]
             assert "_f64" not in text
@@ -377,21 +432,56 @@ def test_compiled_kernels_keep_to_registers_read_16_bytes_at_a_time_and_know_no_
             assert "_load_dwordx4" in text
         else:
             assert ".f64" not in binary.asm["ptx"]
-            code = machine_code(binary, tmp_path)
-            assert sum(code.values()) > 100
-            assert [name for name in code if name.startswith(("LDL", "STL"))] == []
-            assert code["LDG.E.128"] >= 1
-            # No scalar loads of logits, of which a thread has 16 or 32.
-            assert code["LDG.E.U16"] + code["LDG.E"] <= 10
-            if kernel is gpu._backward:
-                assert code["STG.E.128"] >= 1
+            code = gpu_counts.Code(binary)
+            names = collections.Counter(name for _, name, _ in code.instructions)
+            assert names.total() > 100
+            assert code.stack == 0
+            assert names["LDG.E.128"] >= 1
+            if launch.kernel is gpu._backward:
+                assert names["STG.E.128"] >= 1
 
 
-def test_kernels_reach_past_2_31_logits(monkeypatch):
+# What a kernel may cost, in instructions a logit forward and backward: an H100 issues 17 while it reads a logit of 16
+# bits, and 34 while it reads and writes it. Short rows cost more, by what is to be done for a row.
+COSTS = {
+    "8192 x 128256": (13, 19),
+    "8192 x 50257": (14, 23),
+    "8192 x 50257 of 50304": (14, 23),
+    "8192 x 128256, statistics": (18, 19),
+    "65536 x 4160": (22, 25),
+    "65536 x 513": (29, 31),
+    "4096 x 1000": (32, 30),
+    "1048576 x 256": (20, 20),
+    "1048576 x 100": (29, 29),
+    "1048576 x 65": (35, 34),
+    "1048576 x 10": (90, 76),
+    "8 x 19 x 512 x 512": (45, 28),
+    "8 x 150 x 512 x 512": (25, 22),
+}
+
+
+@pytest.mark.parametrize(("text", "most"), COSTS.items(), ids=COSTS.keys())
+def test_a_logit_of_16_bits_costs_so_many_instructions_and_no_register_spills(text, most):
+    z = gpu_counts.logits_of(text, torch.bfloat16)
+    for launch, instructions in zip(gpu_counts.launches(z, **gpu_counts.SHAPES[text]), most, strict=True):
+        _, spilled, width, counted = gpu_counts.counted(launch, z.numel())
+        assert (spilled, width) == (0, 16)
+        assert instructions / 2 < counted <= instructions
+
+
+@pytest.mark.parametrize("classes", [2, 10, 19, 37, 65, 100, 127, 151, 199, 250, 257, 513, 1000, 4097])
+@pytest.mark.parametrize("samples", [8192, 1 << 20])
+def test_no_number_of_classes_makes_registers_spill(samples, classes):
+    for dtype in (torch.float32, torch.bfloat16):
+        for launch in gpu_counts.launches(torch.empty(samples, classes, dtype=dtype, device="meta")):
+            code = gpu_counts.Code(gpu_counts.compiled(launch, GPUTarget("cuda", 90, 32)))
+            assert code.stack == 0, (dtype, launch.kernel)
+
+
+def test_kernels_reach_past_2_31_logits():
     """8193 x 262144 is more: places are formed in 64 bits, in the kernels' own IR."""
-    for kernel, programs, logits, arguments in launches(monkeypatch, (8193, 262_144), torch.bfloat16):
-        assert programs * logits * 262_144 >= prod((8193, 262_144))
-        binary = compiled(kernel, logits, arguments, triton.backends.compiler.GPUTarget("cuda", 90, 32))
+    for launch in gpu_counts.launches(torch.empty(8193, 262_144, dtype=torch.bfloat16, device="meta")):
+        binary = gpu_counts.compiled(launch, GPUTarget("cuda", 90, 32))
         assert not re.search(r"tt\.addptr [^\n]*!tt\.ptr<bf16>>, tensor<[\dx]+xi32>", binary.asm["ttir"])
 
 

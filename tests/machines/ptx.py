@@ -21,6 +21,7 @@ what ptxas, the next compiler, fuses: `mul` and `add` may become one `fma`.
 
 import ctypes
 import re
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -35,18 +36,11 @@ REGISTERS = {"%p": TYPES["pred"], "%rs": TYPES["b16"], "%r": TYPES["b32"], "%rd"
 NOBODY, SEVERAL = -1, -2
 
 
-class Fault(Exception):
-    pass
+class Fault(Exception): ...
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """Bytes of this process that a kernel may use, in elements of `size` bytes."""
-
-    address: int
-    bytes: int
-    size: int
-
+# Bytes of this process that a kernel may use, in elements of `size` bytes.
+Tensor = namedtuple("Tensor", "address bytes size")
 
 # The instructions without memory: name -> types of result and operands, and a function of arrays of those types.
 # In a type, T stands for the last part of the name and W for one twice as wide; ? is an operand that may be missing.
@@ -153,10 +147,10 @@ for name, of_two in {"add": np.add, "sub": np.subtract, "mul": np.multiply}.item
     define(f"{name}.f32x2", "b64 b64 b64", paired(of_two))
 define("fma.rn.f32x2", "b64 b64 b64 b64", paired(fma))
 define("fma.rn.ftz.f32", "T T T T", lambda *given: flushed(fma(*map(flushed, given))))
-define("neg.f32 neg.s32", "T T", np.negative)
+define("neg.f32 neg.s16 neg.s32 neg.s64", "T T", np.negative)
 define("abs.f32", "T T", np.abs)
-define("max.s32 max.u32", "T T T", np.maximum)
-define("min.s32 min.u32", "T T T", np.minimum)
+define("max.s16 max.u16 max.s32 max.u32 max.s64 max.u64", "T T T", np.maximum)
+define("min.s16 min.u16 min.s32 min.u32 min.s64 min.u64", "T T T", np.minimum)
 define("max.f32", "T T T T?", extreme(True))
 define("min.f32", "T T T T?", extreme(False))
 define("prmt.b32", "T T T T", permuted)
@@ -190,7 +184,8 @@ for name, compare, opposite in [
         define(f"setp.{name}.f32 setp.{name}.f16", "pred T T", compare)
         define(f"setp.{name}.bf16", "pred b16 b16", lambda a, b, f=compare: f(*map(from_bfloat16, (a, b))))
     if name != "eq":  # true of NaN
-        define(f"setp.{name}u.f32", "pred T T", lambda a, b, f=opposite: ~f(a, b))
+        define(f"setp.{name}u.f32 setp.{name}u.f16", "pred T T", lambda a, b, f=opposite: ~f(a, b))
+        define(f"setp.{name}u.bf16", "pred b16 b16", lambda a, b, f=opposite: ~f(*map(from_bfloat16, (a, b))))
 define("setp.nan.f32", "pred T T", lambda a, b: np.isnan(a) | np.isnan(b))
 
 
@@ -390,6 +385,14 @@ def _(m, to, value, name):
     for i, part in enumerate(several(to)):
         if part != "_":
             m.write(part, (bits >> half * i).astype(TYPES[f"b{half}"]) if "{" in to else bits)
+
+
+@partial(SPECIAL.setdefault, r"setp\.(\w+)\.(b?f16)x2")
+def _(m, to, a, b, name):
+    """A predicate for each of two halves, the low one first."""
+    (_, kind, _), compare = PLAIN[f"setp.{name[1]}.{name[2]}"]
+    for i, part in enumerate(to.split("|")):
+        m.write(part, compare(*((m.value(x, "b32") >> 16 * i).astype("u2").view(TYPES[kind]) for x in (a, b))))
 
 
 @partial(SPECIAL.setdefault, r"ex2\.approx\.ftz\.f32")
