@@ -178,7 +178,7 @@ def main(names):
     print(f"Counted in code for sm_90 by Triton {triton_version} (torch {torch_version}); no GPU was there.\n")
     print("| shape | dtype | pass | samples x classes, warps | registers | spilled | load | instr. a logit |", end="")
     print("".join(f" issue / memory, {name} |" for name in BANDWIDTH))
-    print("| --- |" * 1 + " --- |" * (7 + len(BANDWIDTH)))
+    print("|" + " --- |" * (8 + len(BANDWIDTH)))
     for text, options in SHAPES.items():
         if names and not any(name in text for name in names):
             continue
@@ -189,10 +189,12 @@ def main(names):
                 registers, stack, width, instructions = counted(launch, z.numel())
                 issue = instructions * z.numel() / 32 / (MULTIPROCESSORS * WARPS_A_CLOCK * CLOCK)
                 forward = launch.kernel is gpu._forward
-                touches = 1 + (not forward or options.get("gradient_in_forward", False))
-                touches -= 2 * (not forward and options.get("gradient_in_forward", False))
+                early = options.get("gradient_in_forward", False)
+                if early and not forward:
+                    continue  # it finds the gradient formed
+                touches = 1 + (early or not forward)
                 # Beside the logits, a target of 8 bytes and about six floats a sample.
-                moved = max(touches, 0) * prod(z.shape) * z.element_size() + samples * 32
+                moved = touches * prod(z.shape) * z.element_size() + samples * 32
                 ratios = [f"{issue / (moved / rate):.2f}" for rate in BANDWIDTH.values()]
                 block = f"{launch['BM']} x {launch['BC']}, {launch.warps}"
                 cells = [text, str(dtype)[6:], launch.kernel.__name__[1:], block, registers, stack, width]
