@@ -698,7 +698,11 @@ def test_ctrl_c_is_status_130_without_a_word(tmp_path, monkeypatch, capsys):
     (tmp_path / "z.npy").write_bytes(bytes_of(LOGITS))
     (tmp_path / "t.npy").write_bytes(bytes_of(LABELS))
     monkeypatch.setattr(ext.Tally, "add", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert main([str(tmp_path / "z.npy"), str(tmp_path / "t.npy")]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert main([str(tmp_path / "z.npy"), str(tmp_path / "t.npy")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr() == ("", "")
 
 

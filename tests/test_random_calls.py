@@ -36,6 +36,8 @@ def test_a_planted_mistake_is_seen(name, change, monkeypatch):
 def sanitized(folder):
     """Environment in which Python loads a copy of the package whose kernel is built with ASan and UBSan."""
     package = folder / "lace_loss"
+    package.mkdir()
+    shutil.copy(ROOT / "__init__.py", package)
     for part in ("ref", "ext"):
         shutil.copytree(ROOT / part, package / part, ignore=shutil.ignore_patterns("*.so", "vectors", "__pycache__"))
     # _cpu.c is what Cython made when the package was installed.
