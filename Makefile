@@ -19,6 +19,11 @@ quick: .venv/installed
 	$(BIN)/python -m pytest -q tests/test_edges.py tests/test_options.py tests/test_pages.py README.md */README.md -k "not cuda"
 	@echo "Left out: accuracy, errors, torch's cases, GPU kernels, machines, fuzzing, training, files, checker: make test"
 
+# The GPU kernels as compiled, in the emulator of tests/machines/ptx.py.
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest -q tests/test_ptx.py tests/test_gpu.py
+	$(BIN)/python -m pytest -q -k cuda tests/test_torch.py tests/test_edges.py tests/test_torch_cases.py tests/test_dispatch.py tests/test_errors.py
+
 # Every float32 x, not every 64th: rows (0, x), (0, x, x), by the kernel and by lace_row.c. 6 minutes of CPU time.
 exhaustive: .venv/installed
 	EXHAUSTIVE_STEP=1 $(BIN)/python -m pytest -q -s tests/test_fuzz.py -k every_float
@@ -35,4 +40,4 @@ lint: .venv/installed
 	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]' --config-settings editable_mode=strict
 	touch $@
 
-.PHONY: run test quick exhaustive lint
+.PHONY: run test quick test-gpu exhaustive lint
