@@ -378,7 +378,7 @@ import re, torch
 from pathlib import Path
 from lace_loss.ext.torch import lace_loss
 lace_loss(torch.zeros(2, 2, dtype=torch.bfloat16, requires_grad=True), torch.zeros(2, dtype=torch.long)).backward()
-input = torch.zeros(2**14, 2**11, dtype=torch.bfloat16, requires_grad=True)  # 64 MiB
+input = torch.ones(2**14, 2**11, dtype=torch.bfloat16, requires_grad=True)  # 64 MiB; zeros may be no memory yet
 target = torch.zeros(2**14, dtype=torch.long)
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
