@@ -128,11 +128,17 @@ def _expm1_in_parts(x: DoubleDouble) -> tuple[Array, DoubleDouble]:
     return n, p
 
 
+def exp_in_parts(x: DoubleDouble) -> tuple[NDArray[np.int64], DoubleDouble]:
+    """n and y with e^x = 2^n y, y between 0.58 and 1.42: no x is too small."""
+    n, p = _expm1_in_parts(x)
+    return n.astype(np.int64), p + 1.0
+
+
 def exp(x: DoubleDouble, raised: int) -> DoubleDouble:
     """2^raised e^x for x <= 0; exactly 0 below -800."""
     vanishes = x.high < -800
-    n, p = _expm1_in_parts(where(vanishes, 0.0, x))
-    return where(vanishes, 0.0, (p + 1.0).scaled(n + raised))
+    n, y = exp_in_parts(where(vanishes, 0.0, x))
+    return where(vanishes, 0.0, y.scaled(n + raised))
 
 
 def log1p(x: DoubleDouble) -> DoubleDouble:

@@ -99,7 +99,7 @@ def hessian_vector_product(
     v = _numbers("vector", vector)
     if v.shape != np.shape(logits):
         raise ValueError(f"vector must have the logits' shape {np.shape(logits)}, got {v.shape}")
-    by_class = _classes_last(v)
+    by_class = classes_last(v)
     exponent = _exponent(by_class)
     return samples.times(grad_output, samples.gradient_change(np.ldexp(by_class, -exponent)), exponent - RAISED)
 
@@ -169,9 +169,7 @@ class _Samples:
         product = (gradient * factor.scaled(-e)).scaled(
             self.exponent + exponent + e
         )  # here alone numbers may underflow
-        rows = where(self.kept[:, None], product, 0.0).rounded
-        rows = rows.reshape(*self.shape, rows.shape[1])
-        return np.ascontiguousarray(np.moveaxis(rows, -1, min(1, rows.ndim - 1)))
+        return in_logits_shape(where(self.kept[:, None], product, 0.0).rounded, self.shape)
 
     def _ak(self) -> DoubleDouble:
         return self.a * ((1.0 - wide(self.strength)) + (self.r + self.qn).scaled(-RAISED) * self.strength)
@@ -191,19 +189,13 @@ def _samples(
     label_smoothing: float = 0.0,
     strength: float = 1.0,
 ) -> _Samples:
-    x, y, ignore_index = _numbers("logits", logits), _array("target", target), _integer("ignore_index", ignore_index)
+    y, ignore_index = _array("target", target), _integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit in 64 bits with a sign, got {ignore_index}")
-    if x.ndim == 0 or x.shape[min(1, x.ndim - 1)] == 0:
-        raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {x.shape}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    label_smoothing, strength = _fraction("label_smoothing", label_smoothing), _fraction("strength", strength)
-    z = _classes_last(x)
-    shape, classes = x.shape[:1] * (x.ndim > 1) + x.shape[2:], z.shape[1]
-    w = np.ones(classes) if weight is None else _numbers("weight", weight)
-    if w.shape != (classes,):
-        raise ValueError(f"weight must have one value for each of the {classes} classes, got shape {w.shape}")
+    x, w, label_smoothing, strength = checked(logits, weight, label_smoothing, strength)
+    z, shape, classes = classes_last(x), shape_of_samples(x), len(w)
 
     if y.dtype.kind == "f":
         if y.shape != x.shape:
@@ -211,7 +203,7 @@ def _samples(
         if ignore_index >= 0:
             raise ValueError(f"ignore_index must be negative for a floating target, got {ignore_index}")
         kept = np.ones(len(z), bool)
-        a = ((1.0 - wide(label_smoothing)) * _classes_last(y) + wide(label_smoothing) / classes) * w
+        a = ((1.0 - wide(label_smoothing)) * classes_last(y) + wide(label_smoothing) / classes) * w
         divisor = wide(len(z))
     elif y.dtype.kind in "iu":
         if y.shape != shape:
@@ -233,6 +225,21 @@ def _samples(
     if reduction != "mean":
         divisor = wide(1.0)
     return _Samples(z, a.scaled(-exponent), exponent, kept, shape, reduction != "none", divisor, strength)
+
+
+def checked(
+    logits: ArrayLike, weight: ArrayLike | None, label_smoothing: float, strength: float
+) -> tuple[Array, Array, float, float]:
+    """The same in float64, with one weight for each class."""
+    x = _numbers("logits", logits)
+    if x.ndim == 0 or x.shape[min(1, x.ndim - 1)] == 0:
+        raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {x.shape}")
+    e, s = _fraction("label_smoothing", label_smoothing), _fraction("strength", strength)
+    classes = x.shape[min(1, x.ndim - 1)]
+    w = np.ones(classes) if weight is None else _numbers("weight", weight)
+    if w.shape != (classes,):
+        raise ValueError(f"weight must have one value for each of the {classes} classes, got shape {w.shape}")
+    return x, w, e, s
 
 
 def _fraction(name: str, value: Any) -> float:
@@ -270,6 +277,17 @@ def _array(name: str, values: ArrayLike) -> NDArray[Any]:
     return np.asarray(values)
 
 
-def _classes_last(x: Array) -> Array:
+def shape_of_samples(x: Array) -> tuple[int, ...]:
+    """The shape of logits without its class axis."""
+    return x.shape[:1] * (x.ndim > 1) + x.shape[2:]
+
+
+def classes_last(x: Array) -> Array:
     """(C,), (N, C) or (N, C, d1, ...) as (M, C)."""
     return np.moveaxis(x, min(1, x.ndim - 1), -1).reshape(-1, x.shape[min(1, x.ndim - 1)])
+
+
+def in_logits_shape(rows: Array, samples: tuple[int, ...]) -> Array:
+    """(M, C) as (C,), (N, C) or (N, C, d1, ...), for this shape of the M samples."""
+    values = rows.reshape(*samples, rows.shape[1])
+    return np.ascontiguousarray(np.moveaxis(values, -1, min(1, values.ndim - 1)))

@@ -50,3 +50,10 @@ FLOAT32 = 2e-6
 
 # Second-order finite differences of the float64 gradient with step 1e-5: h^2 truncation, 1e-16 / h rounding.
 DIFFERENCES = 1e-8
+
+# ref's posterior with label smoothing e is a difference where y_k is near e / C: 2^-97 of it, a few operations long, is
+# left. Divided by 1 - e.
+POSTERIOR_CANCELLED = 2.0**-90
+
+# scipy's softmax relative to the exact one, times 2^-53 (C + n): as LOG_SOFTMAX, whose error is this one's logarithm.
+SOFTMAX = LOG_SOFTMAX
