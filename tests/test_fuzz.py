@@ -44,6 +44,10 @@ MSAN = ["-DALONE", "-fsanitize=fuzzer,memory"]
 COVERAGE = ["-DALONE", "-fsanitize=fuzzer", "-fprofile-instr-generate", "-fcoverage-mapping"]
 
 
+# libFuzzer takes the peak of the process that started it, pytest, for its own: it limits single allocations instead.
+MEMORY = ["-rss_limit_mb=0", "-malloc_limit_mb=1024"]
+
+
 def run(*command, **options):
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=1800, **options
@@ -114,9 +118,8 @@ def each(function, items):
 def replay(program, folder, target, seconds=0):
     """What is wrong, or "", and all that is said. The corpus, then new inputs for so long."""
     time = f"-max_total_time={seconds}" if seconds else "-runs=0"
-    status, said = run(
-        program, time, "-max_len=200", "-len_control=0", "-print_final_stats=1", folder / target, cwd=folder
-    )
+    lengths = ["-max_len=200", "-len_control=0"]
+    status, said = run(program, time, *MEMORY, *lengths, "-print_final_stats=1", folder / target, cwd=folder)
     found = re.search(r"WRONG: .*|ERROR: (?!libFuzzer).*|runtime error: .*|WARNING: MemorySanitizer: .*", said)
     assert (status == 0) == (found is None), said[-3000:]
     where = re.search(r"Base64: .*", said)
@@ -147,7 +150,7 @@ def test_known_inputs_run_every_line(program, folder):
 
     def profile(target):
         raw = {**os.environ, "LLVM_PROFILE_FILE": f"{target}.raw"}
-        made(program(target, *COVERAGE), "-runs=0", folder / target, cwd=folder, env=raw)
+        made(program(target, *COVERAGE), "-runs=0", *MEMORY, folder / target, cwd=folder, env=raw)
         return f"{target}.raw"
 
     made("llvm-profdata", "merge", *each(profile, TARGETS), "-o", "all.profile", cwd=folder)
