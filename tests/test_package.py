@@ -61,6 +61,16 @@ def test_no_module_is_loaded_twice_under_its_folder_name():
     assert run(f"import sys, {modules}; print({{'ref', 'ext', 'train'}} & set(sys.modules))").strip() == "set()"
 
 
+def test_the_package_holds_every_vector_and_every_port_that_the_repository_has(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    for folder in ("ref/vectors", "ref/ports"):
+        files = [path for path in (ROOT / folder).iterdir() if path.is_file()]
+        assert len(files) >= 4
+        for path in files:
+            assert (tmp_path / "lace_loss" / folder / path.name).read_bytes() == path.read_bytes()
+
+
 def test_the_version_stands_in_one_place():
     assert f'version = "{version("lace-loss")}"' in (ROOT / "pyproject.toml").read_text()
     assert f"## {version('lace-loss')}" in (ROOT / "CHANGELOG.md").read_text()
