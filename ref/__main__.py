@@ -15,6 +15,8 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from textwrap import fill
@@ -50,7 +52,9 @@ or --flushed allow more.
 """
 
 
-def vectors(folder: Path, dtypes: list[str], levels: list[str]) -> dict[str, list[Case]]:
+def vectors(
+    folder: Path, dtypes: list[str], levels: list[str], read: Callable[[Path], list[Case]] = read
+) -> dict[str, list[Case]]:
     """Cases by file name, of the files that exist for these dtypes and levels."""
     names = [f"{d}-{level}.txt" for d in dtypes for level in levels if d in ("f64", "f32") or level in HALF_LEVELS]
     if not names:
@@ -62,11 +66,12 @@ def cross_validate(folder: Path, full: bool = False) -> int:
     """Print a row for each implementation, or a table of the worst errors of each category."""
     columns: dict[str, list[Result]] = {}
     not_run: list[str] = []
+    read_once = cache(read)  # several implementations answer the same file
     for name, dtype, levels, plain, implementation in installed():
         if isinstance(implementation, str):
             not_run.append(f"{name}: not run, {implementation}")
             continue
-        files = vectors(folder, [dtype], levels).values()
+        files = vectors(folder, [dtype], levels, read_once).values()
         columns[f"{name} {dtype}"] = [result for cases in files for result in run(implementation, cases, plain)]
     if full:
         table({name: by_category(results) for name, results in columns.items()})

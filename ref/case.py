@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class Case:
     def refused(self) -> bool:
         return "expect" in self.words
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(map(int, self.words["shape"]))
 
@@ -166,7 +167,7 @@ class Case:
     def integers(self, key: str) -> Array:
         return np.array([int(word) for word in self.words[key]], np.int64)
 
-    @property
+    @cached_property
     def logits(self) -> Array:
         if "logits" in self.words:
             return self.values("logits").reshape(self.shape)
@@ -182,7 +183,7 @@ class Case:
             z[int(self.words["put"][0])] = FORMATS[self.dtype].decode(self.words["put"][1:])[0]
         return z.reshape(self.shape)
 
-    @property
+    @cached_property
     def target(self) -> Array:
         if "probabilities" in self.words:
             return self.values("probabilities").reshape(self.shape)
