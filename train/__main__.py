@@ -22,11 +22,14 @@ try:
 
     from .attack import attack, sizes
     from .config import DIGITS, Config, TrainError
-    from .data import load
+    from .data import Data, load
+    from .experiment import Training
     from .export import export
-    from .loop import Run, train
-    from .processes import from_all, is_another_process, is_out_of_memory
-    from .report import record_files, report
+    from .processes import gather_objects, is_first_process, is_out_of_memory
+    from .replicas import GraphTraining, train_all
+    from .report import record_files, report, what_was_seen
+    from .runs import Deadline, Run
+    from .shared import SharedTraining
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -44,16 +47,16 @@ class Parser(argparse.ArgumentParser):
 
 def seeds(text: str) -> list[int]:
     """The numbers meant by `0-4`, `0,2,5` or `3`, in order."""
-    found: list[int] = []
+    chosen: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         numbers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-        if not numbers or len(numbers) + len(found) > 10_000 or set(numbers) & set(found):
+        if not numbers or len(numbers) + len(chosen) > 10_000 or set(numbers) & set(chosen):
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not a list of at most 10,000 different seeds such as 0-4, 0,2,5 or 3"
             )
-        found += numbers
-    return found
+        chosen += numbers
+    return chosen
 
 
 def parser() -> Parser:
@@ -65,12 +68,13 @@ def parser() -> Parser:
     top.add_argument("--out", type=Path, default="runs", help="folder of records, checkpoints and curves; default runs")
     top.add_argument("--root", default="data", help="where cifar100 lies or is downloaded to; default data")
     top.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default cuda if there is one")
-    top.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default %(default)s")
+    top.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads; default %(default)s")
     top.add_argument(
         "--mode", choices=("graph", "eager"), help="whole steps as CUDA graphs; default where there is a GPU"
     )
     top.add_argument("--replicas", type=int, help="runs side by side on one GPU, in --mode graph; default 4 there")
     top.add_argument("--max-seconds", type=float, default=math.inf, help="end after the last epoch that fits")
+    top.add_argument("--verbose", action="store_true", help="a line for every epoch")
     recipe = top.add_argument_group("recipe", "defaults are the paper's, in brackets those of --data digits")
     for f in fields(Config):
         if f.name not in ("data", "loss", "seed"):
@@ -113,7 +117,7 @@ def machine(args: argparse.Namespace) -> tuple[torch.device, bool]:
     if graph and kind == "cpu":
         raise TrainError("--mode graph needs a CUDA device, and torch sees none or --device is cpu")
     if graph and processes:
-        raise TrainError("--mode graph is of one process, and torchrun started several")
+        raise TrainError("--mode graph runs in one process, but torchrun started several")
     if processes:
         if kind == "cuda":
             place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -126,15 +130,17 @@ def machine(args: argparse.Namespace) -> tuple[torch.device, bool]:
 
 def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     """Every run that the flags ask for; the paths of their records."""
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args and f.name not in ("data", "loss")}
-    if "epochs" in given:
+    options = {
+        f.name: getattr(args, f.name) for f in fields(Config) if f.name in args and f.name not in ("data", "loss")
+    }
+    if "epochs" in options:
         # Quarters, as in the paper, starve a short run: 45.3 % in place of 39.8 % top-5 error (README).
-        share = 0.45 if given["epochs"] < 100 else 0.25
-        given.setdefault("lr_step", math.ceil(share * given["epochs"]))
+        share = 0.45 if options["epochs"] < 100 else 0.25
+        options.setdefault("lr_step", math.ceil(share * options["epochs"]))
     device, graph = machine(args)
     if device.type == "cuda":
-        given.setdefault("precision", "bfloat16")
-    recipe = (DIGITS if args.data == "digits" else {}) | given
+        options.setdefault("precision", "bfloat16")
+    recipe = (DIGITS if args.data == "digits" else {}) | options
     losses = ("ce", "lace") if args.loss == "both" else (args.loss,)
     # The strength of LACE is no setting of the others, whose records serve beside LACE of every strength.
     fixed: dict[str, dict[str, Any]] = {"ce": {"strength": 0.0}, "lace": {}, "focal": {"strength": 1.0}}
@@ -142,15 +148,7 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     configs = [Config(name, loss, seed, **(recipe | fixed[loss])) for seed in args.seeds for loss in losses]
     configs[0].require_device(device.type)
     args.out.mkdir(parents=True, exist_ok=True)
-    shared = dist.is_initialized() and args.data == "cifar100"  # the first process of a machine may have to download
-    first = shared and os.environ["LOCAL_RANK"] == "0"
-    if shared and not first:
-        dist.barrier()
-    data = load(args.data, args.root, device, configs[0].shrink, configs[0].subset)
-    if first:
-        dist.barrier()
-    if len(set(from_all(data.sha256))) > 1:
-        raise TrainError(f"--data {args.data} is not the same for all processes")
+    data = load_together(args, device, configs[0])
     if graph and len(data.images) % configs[0].batch:
         uneven = f"--batch {configs[0].batch} does not divide {len(data.images)} images"
         if args.mode == "graph":
@@ -160,16 +158,31 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     replicas = args.replicas or (4 if graph else 1)
     if replicas > 1 and not graph:
         raise TrainError(f"--replicas {replicas} needs --mode graph: eager steps do not run side by side")
-    made = {"mode": "graph" if graph else "eager", "replicas": replicas, "command": command}
-    images = len(configs) * configs[0].epochs * len(data.images)
-    hidden = True if is_another_process() else None
+    invocation = {"mode": "graph" if graph else "eager", "replicas": replicas, "command": command}
+    make = GraphTraining if graph else SharedTraining if dist.is_initialized() else Training
+    images, deadline = len(configs) * configs[0].epochs * len(data.images), Deadline(args.max_seconds)
+    hidden = None if is_first_process() else True  # None: hidden where stderr is no terminal
     with (
         tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=hidden) as bar,
         ExitStack() as locks,
     ):
-        runs = [Run(config, data, args.out, made, bar, locks) for config in configs]
-        train(runs, graph, replicas, args.max_seconds)
+        runs = [Run(c, data, args.out, invocation, bar, locks, deadline, args.verbose) for c in configs]
+        train_all(runs, make, replicas, deadline)
     return [run.record_path for run in runs if run.record_path.exists()]
+
+
+def load_together(args: argparse.Namespace, device: torch.device, config: Config) -> Data:
+    """The data, the same for all processes; the first one of a machine downloads them before the others read them."""
+    waits = dist.is_initialized() and args.data == "cifar100"
+    first = os.environ.get("LOCAL_RANK") == "0"
+    if waits and not first:
+        dist.barrier()
+    data = load(args.data, args.root, device, config.shrink, config.subset)
+    if waits and first:
+        dist.barrier()
+    if len(set(gather_objects(data.sha256))) > 1:
+        raise TrainError(f"--data {args.data} is not the same for all processes")
+    return data
 
 
 def main(arguments: list[str]) -> int:
@@ -185,8 +198,9 @@ def main(arguments: list[str]) -> int:
             report(args.records, args.json)
         else:
             records = experiment(args, command)
-            if not is_another_process():
-                report(records)
+            if is_first_process():
+                (summary,) = report(records)  # the runs of a command share data and recipe
+                print(f"\n{what_was_seen(summary)}")
     except (TrainError, OSError) as error:
         return failed(error)
     except (RuntimeError, MemoryError) as error:
@@ -194,7 +208,7 @@ def main(arguments: list[str]) -> int:
             raise
         return failed(f"out of memory: {error}")
     except KeyboardInterrupt:
-        if not is_another_process():
+        if is_first_process():
             print(f"stopped; the same command goes on from the last checkpoint: {command}", file=sys.stderr)
         return 130
     finally:

@@ -16,9 +16,10 @@ from lace_loss.ext.torch import lace_loss
 
 from .config import TrainError
 from .data import Data, load, normalised
+from .experiment import evaluation_logits, figures
 from .lock import owned
-from .loop import evaluation_logits, figures, logits_of, network
-from .store import finished_checkpoint, load_weights, record_lines, write_record
+from .model import logits_of, network
+from .store import finished_checkpoint, record_lines, restore, write_record
 
 STEPS = 10  # of PGD, each a quarter of the size of the attack
 
@@ -26,12 +27,12 @@ STEPS = 10  # of PGD, each a quarter of the size of the attack
 def sizes(text: str) -> list[float]:
     """The largest changes of a pixel, of 255, meant by `0.5,1,2`."""
     try:
-        found = [float(part) for part in text.split(",")]
+        largest = [float(part) for part in text.split(",")]
     except ValueError:
-        found = [math.nan]
-    if not all(0 < size < math.inf for size in found) or len(set(found)) < len(found):
+        largest = [math.nan]
+    if not all(0 < size < math.inf for size in largest) or len(set(largest)) < len(largest):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of different positive, finite sizes such as 0.5,1,2")
-    return found
+    return largest
 
 
 def attack(files: list[Path], largest: list[float], data: str, root: str, device: torch.device) -> None:
@@ -60,7 +61,7 @@ def attack(files: list[Path], largest: list[float], data: str, root: str, device
                 raise TrainError(f"{file} is of other data than --data {data}: {other}")
             state, precision = finished_checkpoint(file, header, log, device), header["precision"]
             model = network(header["width"], images)
-            load_weights(file.with_suffix(".checkpoint"), state, model)
+            restore(file.with_suffix(".checkpoint"), {"model": state["model"]}, {"model": model.state_dict()})
             model.eval()
             for name, (size, steps) in attacks.items():
                 if name in final["sets"]:
@@ -70,8 +71,8 @@ def attack(files: list[Path], largest: list[float], data: str, root: str, device
                 changed = torch.cat([adversarial(model, x, y, images.mean, size, steps, precision) for x, y in parts])
                 logits = evaluation_logits(model, changed, images.mean, precision)
                 final["sets"][name] = figures(logits, images.test_labels)
-                found = final["sets"][name]["top1_error"]
-                print(f"{file.stem}: {found:.2f} % top-1 error under {name}", file=sys.stderr)
+                error = final["sets"][name]["top1_error"]
+                print(f"{file.stem}: {error:.2f} % top-1 error under {name}", file=sys.stderr)
             write_record(file, header, log, final)
 
 

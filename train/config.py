@@ -70,13 +70,6 @@ class Config:
         if self.precision == "bfloat16" and kind == "cpu" and not torch.cpu._is_avx512_bf16_supported():
             raise TrainError("--precision bfloat16: this processor has no avx512_bf16; use float32")
 
-    def learning_rate(self, epoch: int, step: int, steps: int) -> float:
-        """Of this step, of so many an epoch; epochs and steps count from 0."""
-        if self.schedule == "steps":
-            return self.lr * self.lr_drop ** (epoch // self.lr_step)
-        done = (epoch + (step + 0.5) / steps) / self.epochs  # the middle of the step: no step has a rate of 0
-        return 2 * self.lr * min(done / 0.15, (1 - done) / 0.85)
-
 
 # 8x8 pixels: one is the eighth that 4 of 32 are. A mirrored digit is another sign or none.
 DIGITS: dict[str, Any] = {"width": 8, "epochs": 20, "lr_step": 9, "pad": 1, "flip": False}

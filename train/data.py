@@ -40,6 +40,12 @@ class Data:
     def classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def sets(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Images and labels by the name of the set, which a finished run is tested on."""
+        sets = {"test": (self.test_images, self.test_labels), "train": (self.images, self.labels)}
+        return sets | ({"unused": (self.unused_images, self.unused_labels)} if len(self.unused_images) else {})
+
 
 def normalised(images: Tensor, mean: Tensor) -> Tensor:
     return images.to(torch.float32, copy=True).div_(255).sub_(mean)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.backends.cpu import get_cpu_capability as cpu_capability
 
 from .config import Config, TrainError
@@ -53,8 +53,8 @@ CHECKPOINT: dict[str, Kind] = {
 }
 
 
-def describe(config: Config, data: Data, made: Record) -> Record:
-    """The header of a record, with how the run is `made`: mode, replicas and command."""
+def describe(config: Config, data: Data, invocation: Record) -> Record:
+    """Header of a record; `invocation` is mode, replicas and command."""
     gpu = data.images.is_cuda
     amx = " AMX" if torch.cpu._is_amx_tile_supported() else ""  # which sums bfloat16 in another order
     device = torch.cuda.get_device_name() if gpu else f"{platform.machine()} {cpu_capability()}{amx}"
@@ -72,7 +72,7 @@ def describe(config: Config, data: Data, made: Record) -> Record:
         | {package: version(package) for package in ("torch", "numpy", "lace-loss")}
         | (versions_of_cuda() if gpu else {}),
         "commit": commit(),
-        **made,
+        **invocation,
     }
 
 
@@ -101,15 +101,15 @@ def commit() -> str | None:
         return None
 
 
-def difference(found: Record, header: Record) -> str:
+def difference(saved: Record, header: Record) -> str:
     """The first setting that keeps them from being headers of one run, in words; empty where there is none."""
-    other = (f"{key} = {found[key]!r}, not {header[key]!r}" for key in IDENTITY if found[key] != header[key])
-    return next(other, "")
+    others = (f"{key} = {saved[key]!r}, not {header[key]!r}" for key in IDENTITY if saved[key] != header[key])
+    return next(others, "")
 
 
-def refuse_other(path: Path, found: Record, header: Record) -> None:
-    if other := difference(found, header):
-        raise TrainError(f"{path} is of a run with {other}: choose another --out")
+def require_same_run(path: Path, saved: Record, header: Record) -> None:
+    if other := difference(saved, header):
+        raise TrainError(f"{path} belongs to a run with {other}: choose another --out")
 
 
 def write(path: Path, content: bytes, keep: Path | None = None) -> None:
@@ -231,11 +231,11 @@ def tensors(state: Record) -> dict[str, Tensor]:
     return state["model"] | {f"momentum of parameter {i}": t for i, t in enumerate(state.get("momentum", []))}
 
 
-def refuse_misfit(path: Path, state: Record, ours: Record) -> None:
-    """Raises TrainError unless the tensors of the checkpoint have the names, shapes and types of ours."""
+def restore(path: Path, saved: Record, ours: Record) -> None:
+    """Copy a checkpoint's tensors into ours. Raises TrainError unless they have the names, shapes and types of ours."""
     found, expected = (
-        {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors(part).items()}
-        for part in (state, ours)
+        {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors(state).items()}
+        for state in (saved, ours)
     )
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
@@ -243,14 +243,8 @@ def refuse_misfit(path: Path, state: Record, ours: Record) -> None:
                 f"{path} does not fit: its {name} is {found.get(name, 'missing')},"
                 f" and this run's {expected.get(name, 'missing')}"
             )
-
-
-def load_weights(path: Path, state: Record, model: nn.Module) -> None:
-    """Into the model from a checkpoint. Raises TrainError where they do not fit."""
-    ours = model.state_dict()
-    refuse_misfit(path, {"model": state["model"]}, {"model": ours})
-    for name, tensor in ours.items():
-        tensor.copy_(state["model"][name])
+    for name, tensor in tensors(ours).items():
+        tensor.copy_(tensors(saved)[name])
 
 
 def finished_checkpoint(record_path: Path, header: Record, log: list[Record], device: torch.device) -> Record:
@@ -264,5 +258,5 @@ def finished_checkpoint(record_path: Path, header: Record, log: list[Record], de
         raise TrainError(f"{record_path} has its weights in {path}, which is not there")
     other = difference(state["header"], header)
     if other or state["log"] != log:
-        raise TrainError(f"{path} is not of the run that {record_path} records: {other or 'its epochs went otherwise'}")
+        raise TrainError(f"{path} does not belong to the run recorded in {record_path}: {other or 'their logs differ'}")
     return state
