@@ -234,6 +234,33 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_others(finished: 
     assert same[1:] != figures(tmp_path / name.format(1))[1:]
 
 
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_log_has_a_line_a_finished_run_the_tables_and_a_sentence_in_80_columns(
+    verbose: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """stderr is no terminal here: no bar, and no other line than these."""
+    monkeypatch.chdir(tmp_path)
+    command = [*SMALL, "--loss", "both", "--seeds", "0-1", "--epochs", "2", *(["--verbose"] if verbose else [])]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    lines = []
+    for seed in (0, 1):
+        for loss in ("ce", "lace"):
+            record, name = read_record(Path(f"runs/digits_{loss}_seed{seed}_w1.jsonl")), f"digits_{loss}_seed{seed}_w1"
+            for i, row in enumerate(record["epochs_log"] if verbose else [], 1):
+                errors = f"top-1 {row['top1_error']:.2f} %, top-5 {row['top5_error']:.2f} %"
+                lines.append(f"{name}: epoch {i}/2: loss {row['train_loss']:.4g}, {errors}")
+            errors = f"top-1 error {record['top1_error']:.2f} %, top-5 {record['top5_error']:.2f} %"
+            lines.append(f"{name}: {errors}, {record['seconds']:.0f} s")
+    assert said.err.splitlines() == lines
+    paths = [line for line in said.out.splitlines() if str(tmp_path) in line]
+    assert max(len(line) for line in [*said.out.splitlines(), *lines] if line not in paths) <= 80
+    *_, tables, pictures, sentence = said.out.strip().split("\n\n")
+    assert tables.startswith("| CE - LACE, without a claim")
+    assert " ".join(pictures.split()) == f"Pictures: {tmp_path}/runs/curves.png, {tmp_path}/runs/reliability.png"
+    assert sentence.startswith("Seen: a mean top-1 test error of ")
+
+
 def test_lace_of_strength_zero_trains_as_cross_entropy_does(tmp_path: Path) -> None:
     assert main(small(tmp_path / "lace", "--strength", "0", "--epochs", "1")) == 0
     assert main([*SMALL, "--loss", "ce", "--epochs", "1", "--out", str(tmp_path / "ce")]) == 0
@@ -628,11 +655,22 @@ def digits_runs(out: Path, count: int, replicas: int, **settings: Any) -> Iterat
         yield [runs.Run(dataclasses.replace(config, seed=seed), *common) for seed in range(count)]
 
 
-def test_runs_that_take_turns_end_with_the_bytes_of_runs_one_after_the_other(tmp_path: Path) -> None:
+def test_runs_that_take_turns_end_with_the_bytes_of_runs_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three runs, two of them side by side; eager steps on a CPU, which only the order of the steps can change."""
+    turns, step = dict[int, list[int]](), Training.step
+
+    def noted(training: Training, i: int) -> None:
+        turns[at_a_time].append(training.config.seed)
+        step(training, i)
+
+    monkeypatch.setattr(Training, "step", noted)
     for at_a_time in (1, 2):
+        turns[at_a_time] = []
         with digits_runs(tmp_path / str(at_a_time), 3, at_a_time, epochs=2, test_every=2) as waiting:
             replicas.train_all(waiting, Training, at_a_time, waiting[0].deadline)
+    assert turns == {1: [0] * 30 + [1] * 30 + [2] * 30, 2: [0, 1] * 30 + [2] * 30}
     for record in (tmp_path / "1").glob("*.jsonl"):
         other = tmp_path / "2" / record.name
         assert figures(record)[1:] == figures(other)[1:] and "final" in read_record(other)
@@ -1018,6 +1056,16 @@ def test_a_wrong_argument_is_named_with_its_rule(
 ) -> None:
     assert_error(capsys, ["--out", str(tmp_path), *SMALL, *arguments], *words)
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("command", [[], ["report"], ["export"]], ids=str)
+def test_help_names_every_setting_and_exits_with_0(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    names = {field.name for field in dataclasses.fields(Config)} - {"data", "loss", "seed"}
+    assert all(f"--{name.replace('_', '-')}" in said for name in names) or command
 
 
 def test_seeds_are_ranges_lists_and_numbers() -> None:

@@ -22,10 +22,10 @@ try:
 
     from .attack import attack, sizes
     from .config import DIGITS, Config, TrainError
-    from .data import Data, load
+    from .data import load
     from .experiment import Training
     from .export import export
-    from .processes import gather_objects, is_first_process, is_out_of_memory
+    from .processes import gather_objects, in_turn, is_first_process, is_out_of_memory, join_processes
     from .replicas import GraphTraining, train_all
     from .report import record_files, report, what_was_seen
     from .runs import Deadline, Run
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def seeds(text: str) -> list[int]:
-    """The numbers meant by `0-4`, `0,2,5` or `3`, in order."""
+    """Numbers meant by `0-4`, `0,2,5` or `3`, in order."""
     chosen: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
@@ -80,7 +80,7 @@ def parser() -> Parser:
         if f.name not in ("data", "loss", "seed"):
             kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
             digits = f" [{DIGITS[f.name]}]" if f.name in DIGITS else ""
-            meaning = f"{f.metadata['help']}; {f.default}{digits}"
+            meaning = f"{f.metadata['help']}; {f.default}{digits}".replace("%", "%%")  # argparse formats it
             recipe.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=meaning, **kind)
     commands = top.add_subparsers(dest="command", metavar="report|export")
     onnx = commands.add_parser("export", help="a finished run's model as ONNX, beside its record")
@@ -99,7 +99,7 @@ def parser() -> Parser:
 
 
 def machine(args: argparse.Namespace) -> tuple[torch.device, bool]:
-    """The device, and whether steps run as graphs on it; joins the other processes where torchrun started them."""
+    """Device, and whether steps run as graphs on it; joins the other processes where torchrun started them."""
     for option in ("threads", "replicas"):
         if getattr(args, option) is not None and not 1 <= getattr(args, option) <= 1024:
             raise TrainError(f"--{option} must be at least 1 and at most 1024, got {getattr(args, option)}")
@@ -112,33 +112,26 @@ def machine(args: argparse.Namespace) -> tuple[torch.device, bool]:
     kind = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
     if args.device == "cuda" != kind:
         raise TrainError("--device cuda: torch sees no CUDA device")
-    processes = dist.is_torchelastic_launched()
-    graph = args.mode == "graph" or (args.mode is None and kind == "cuda" and not processes)
+    several = dist.is_torchelastic_launched()
+    graph = args.mode == "graph" or (args.mode is None and kind == "cuda" and not several)
     if graph and kind == "cpu":
         raise TrainError("--mode graph needs a CUDA device, and torch sees none or --device is cpu")
-    if graph and processes:
+    if graph and several:
         raise TrainError("--mode graph runs in one process, but torchrun started several")
-    if processes:
-        if kind == "cuda":
-            place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if place >= gpus:
-                raise TrainError(f"process {place} of this machine has no GPU: --nproc-per-node is at most {gpus} here")
-            torch.cuda.set_device(place)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    if several:
+        join_processes(kind)
     return torch.device(kind), graph
 
 
-def experiment(args: argparse.Namespace, command: str) -> list[Path]:
-    """Every run that the flags ask for; the paths of their records."""
-    options = {
-        f.name: getattr(args, f.name) for f in fields(Config) if f.name in args and f.name not in ("data", "loss")
-    }
+def configurations(args: argparse.Namespace, kind: str) -> list[Config]:
+    """Settings of every run that the flags ask for, on this kind of device."""
+    names = {f.name for f in fields(Config)} - {"data", "loss"}
+    options = {name: value for name, value in vars(args).items() if name in names}
     if "epochs" in options:
         # Quarters, as in the paper, starve a short run: 45.3 % in place of 39.8 % top-5 error (README).
         share = 0.45 if options["epochs"] < 100 else 0.25
         options.setdefault("lr_step", math.ceil(share * options["epochs"]))
-    device, graph = machine(args)
-    if device.type == "cuda":
+    if kind == "cuda":
         options.setdefault("precision", "bfloat16")
     recipe = (DIGITS if args.data == "digits" else {}) | options
     losses = ("ce", "lace") if args.loss == "both" else (args.loss,)
@@ -146,11 +139,22 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     fixed: dict[str, dict[str, Any]] = {"ce": {"strength": 0.0}, "lace": {}, "focal": {"strength": 1.0}}
     name = Path(args.data).resolve().name
     configs = [Config(name, loss, seed, **(recipe | fixed[loss])) for seed in args.seeds for loss in losses]
-    configs[0].require_device(device.type)
+    configs[0].require_device(kind)
+    return configs
+
+
+def experiment(args: argparse.Namespace, command: str) -> list[Path]:
+    """Run every configuration that the flags ask for, and return the paths of the records."""
+    device, graph = machine(args)
+    configs = configurations(args, device.type)
+    config = configs[0]
     args.out.mkdir(parents=True, exist_ok=True)
-    data = load_together(args, device, configs[0])
-    if graph and len(data.images) % configs[0].batch:
-        uneven = f"--batch {configs[0].batch} does not divide {len(data.images)} images"
+    first_downloads = args.data == "cifar100"
+    data = in_turn(lambda: load(args.data, args.root, device, config.shrink, config.subset), first_downloads)
+    if len(set(gather_objects(data.sha256))) > 1:
+        raise TrainError(f"--data {args.data} is not the same for all processes")
+    if graph and len(data.images) % config.batch:
+        uneven = f"--batch {config.batch} does not divide {len(data.images)} images"
         if args.mode == "graph":
             raise TrainError(f"--mode graph: {uneven}")
         print(f"{uneven}: --mode eager", file=sys.stderr)
@@ -158,31 +162,17 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     replicas = args.replicas or (4 if graph else 1)
     if replicas > 1 and not graph:
         raise TrainError(f"--replicas {replicas} needs --mode graph: eager steps do not run side by side")
-    invocation = {"mode": "graph" if graph else "eager", "replicas": replicas, "command": command}
     make = GraphTraining if graph else SharedTraining if dist.is_initialized() else Training
-    images, deadline = len(configs) * configs[0].epochs * len(data.images), Deadline(args.max_seconds)
-    hidden = None if is_first_process() else True  # None: hidden where stderr is no terminal
-    with (
-        tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=hidden) as bar,
-        ExitStack() as locks,
-    ):
+    invocation = {"mode": "graph" if graph else "eager", "replicas": replicas, "command": command}
+    deadline, images = Deadline(args.max_seconds), len(configs) * config.epochs * len(data.images)
+    hidden = None if is_first_process() else True  # None: where stderr is no terminal
+    with ExitStack() as locks:
+        bar = locks.enter_context(
+            tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=hidden)
+        )
         runs = [Run(c, data, args.out, invocation, bar, locks, deadline, args.verbose) for c in configs]
         train_all(runs, make, replicas, deadline)
     return [run.record_path for run in runs if run.record_path.exists()]
-
-
-def load_together(args: argparse.Namespace, device: torch.device, config: Config) -> Data:
-    """The data, the same for all processes; the first one of a machine downloads them before the others read them."""
-    waits = dist.is_initialized() and args.data == "cifar100"
-    first = os.environ.get("LOCAL_RANK") == "0"
-    if waits and not first:
-        dist.barrier()
-    data = load(args.data, args.root, device, config.shrink, config.subset)
-    if waits and first:
-        dist.barrier()
-    if len(set(gather_objects(data.sha256))) > 1:
-        raise TrainError(f"--data {args.data} is not the same for all processes")
-    return data
 
 
 def main(arguments: list[str]) -> int:

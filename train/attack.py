@@ -25,7 +25,7 @@ STEPS = 10  # of PGD, each a quarter of the size of the attack
 
 
 def sizes(text: str) -> list[float]:
-    """The largest changes of a pixel, of 255, meant by `0.5,1,2`."""
+    """Largest changes of a pixel, of 255, meant by `0.5,1,2`."""
     try:
         largest = [float(part) for part in text.split(",")]
     except ValueError:
@@ -54,11 +54,12 @@ def attack(files: list[Path], largest: list[float], data: str, root: str, device
             continue
         with owned(file):
             header, log, final = record_lines(file)
-            form = (header["shrink"], header["subset"])
-            images = loaded[form] = loaded.get(form) or load(data, root, device, *form)
+            settings = header["shrink"], header["subset"]
+            images = loaded[settings] = loaded.get(settings) or load(data, root, device, *settings)
             if images.sha256 != header["data_sha256"]:
-                other = f"its data_sha256 is {header['data_sha256']}"
-                raise TrainError(f"{file} is of other data than --data {data}: {other}")
+                raise TrainError(
+                    f"{file} has other data than --data {data}: its data_sha256 is {header['data_sha256']}"
+                )
             state, precision = finished_checkpoint(file, header, log, device), header["precision"]
             model = network(header["width"], images)
             restore(file.with_suffix(".checkpoint"), {"model": state["model"]}, {"model": model.state_dict()})

@@ -78,7 +78,7 @@ def draws(seed: int, epoch: int, n: int, pad: int) -> tuple[Tensor, Tensor, Tens
 
 
 def load(data: str, root: str, device: torch.device, shrink: int = 1, subset: int = 0) -> Data:
-    """`digits`, `cifar100` (below `root`, downloaded when missing), or a folder with train/ and test/.
+    """Load `digits`, `cifar100` (below `root`, downloaded when missing), or a folder with train/ and test/.
 
     Raises TrainError for a folder that is missing or not laid out so, images of several sizes, a failed download, and
     images that cannot be shrunk or chosen as asked.
@@ -124,9 +124,9 @@ def balanced(labels: np.ndarray, subset: int) -> np.ndarray:
             f"--subset must be a multiple of the {len(counts)} classes and at most {len(counts) * counts.min()},"
             f" because one has {counts.min()} images; got {subset}"
         )
-    place = np.empty_like(by_class)  # of each sample in its class
-    place[by_class] = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
-    return place < share
+    index_in_class = np.empty_like(by_class)
+    index_in_class[by_class] = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
+    return index_in_class < share
 
 
 Arrays = list[np.ndarray]  # images and labels for training, then for testing
@@ -155,7 +155,7 @@ def cifar100(root: str) -> tuple[Arrays, list[str]]:
 
 
 def folder(path: Path) -> tuple[Arrays, list[str]]:
-    """The image folder's arrays and the names of its classes, in the order of their numbers."""
+    """Arrays of an image folder, and the names of its classes in the order of their numbers."""
     parts = []
     for split in ("train", "test"):
         if not (path / split).is_dir():
@@ -169,13 +169,13 @@ def folder(path: Path) -> tuple[Arrays, list[str]]:
     for having, lacking in (("test", "train"), ("train", "test")):
         if missing := sorted(both[having] - both[lacking]):
             raise TrainError(f"{path / having} has classes that {path / lacking} lacks: {', '.join(missing)}")
-    found: list[np.ndarray] = []
+    arrays: list[np.ndarray] = []
     for file, _ in tqdm(train + test, desc=f"reading {path.name}", unit=" images", disable=None):
-        size = found[0].shape[1::-1] if found else None
+        size = arrays[0].shape[1::-1] if arrays else None
         try:
-            found.append(pixels(file, "RGB", size, "the images before it"))
+            arrays.append(pixels(file, "RGB", size, "the images before it"))
         except ValueError as error:
             raise TrainError(str(error)) from error
-    images, labels = np.stack(found).transpose(0, 3, 1, 2), np.array([label for _, label in train + test])
+    images, labels = np.stack(arrays).transpose(0, 3, 1, 2), np.array([label for _, label in train + test])
     n = len(train)
     return [images[:n], labels[:n], images[n:], labels[n:]], classes

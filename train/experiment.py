@@ -76,7 +76,7 @@ class Training:
         self.update(self.batches[i])
 
     def share(self, positions: Tensor) -> tuple[Tensor, float]:
-        """The part of a batch that is trained on here, and what its sum of losses is divided by."""
+        """Part of a batch that is trained on here, and what its sum of losses is divided by."""
         return positions, float(len(positions))
 
     def update(self, positions: Tensor) -> None:
@@ -101,7 +101,7 @@ class Training:
         self.ranks[positions] = statistics["rank"]
 
     def end(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The epoch's losses and norms by step and ranks by image, on the CPU; waits for the device."""
+        """Losses and norms of the epoch by step and ranks by image, on the CPU; waits for the device."""
         return self.losses.cpu().double(), self.grad_norms.cpu().double(), self.ranks.cpu()
 
 
@@ -168,7 +168,7 @@ def train(run: Run, make: Callable[[Config, Data], Training] = Training) -> Iter
 
 
 def last_line(training: Training, log: list[Record]) -> tuple[Record, Tensor]:
-    """The last epoch's figures and those of every set of images, and the logits of the test images."""
+    """Figures of the last epoch and those of every set of images, and the logits of the test images."""
     data, by_set, logits = training.data, dict[str, Record](), dict[str, Tensor]()
     for name, (images, labels) in data.sets.items():
         logits[name] = evaluation_logits(training.model, images, data.mean, training.config.precision)

@@ -39,7 +39,7 @@ def export(record_path: Path) -> Path:
     """
     header, log, final = record_lines(record_path)
     if not final:
-        raise TrainError(f"{record_path} is of a run that is not finished")
+        raise TrainError(f"{record_path} belongs to a run that is not finished")
     path = record_path.with_suffix(".onnx")
     with owned(record_path):
         state = finished_checkpoint(record_path, header, log, torch.device("cpu"))

@@ -1,5 +1,6 @@
 """Several processes, where torchrun started them, act as one: what they tell each other, and who speaks for them."""
 
+import os
 from collections.abc import Callable
 from typing import TypeVar, cast
 
@@ -16,8 +17,29 @@ def is_first_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def join_processes(kind: str) -> None:
+    """Meet the other processes, each on a GPU of its own where the kind of device is cuda."""
+    if kind == "cuda":
+        rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if rank >= gpus:
+            raise TrainError(f"process {rank} of this machine has no GPU: --nproc-per-node is at most {gpus} here")
+        torch.cuda.set_device(rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+
+
+def in_turn(compute: Callable[[], Value], first_alone: bool) -> Value:
+    """Compute in every process; if `first_alone`, after the first one of the machine, which may have to download."""
+    rank = os.environ["LOCAL_RANK"] if first_alone and dist.is_initialized() else None
+    if rank not in (None, "0"):
+        dist.barrier()
+    value = compute()
+    if rank == "0":
+        dist.barrier()
+    return value
+
+
 def gather_objects(value: Value) -> list[Value]:
-    """The value of every process, the first one's first."""
+    """Value of every process, the first one's first."""
     values = [value]
     if dist.is_initialized():
         values *= dist.get_world_size()

@@ -52,7 +52,7 @@ def report(paths: list[Path], as_json: bool = False) -> list[dict[str, Any]]:
 
 
 def record_files(paths: list[Path]) -> list[Path]:
-    """The records that these files and folders are and hold. Raises TrainError where there is none."""
+    """Records that these files and folders are and hold. Raises TrainError where there is none."""
     files: list[Path] = []
     for path in paths:
         records = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]

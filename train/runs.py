@@ -11,23 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import store
 from .config import Config, TrainError
 from .data import Data
 from .lock import owned
 from .processes import any_past_deadline, is_first_process, on_first_process
 from .schema import Record
-from .store import (
-    describe,
-    load_checkpoint,
-    previous,
-    read_record,
-    require_same_run,
-    restore,
-    save_checkpoint,
-    tensors,
-    write_logits,
-    write_record,
-)
 
 SAVING_SHARE = 0.02  # of the time, at most, goes into checkpoints
 
@@ -67,7 +56,7 @@ class Run:
         self.name = f"{config.data}_{config.loss}{strength}_seed{config.seed}_w{config.width}"
         self.config, self.data, self.bar, self.deadline, self.verbose = config, data, bar, deadline, verbose
         self.record_path, self.checkpoint_path = out / f"{self.name}.jsonl", out / f"{self.name}.checkpoint"
-        self.header, self.log = describe(config, data, invocation), list[Record]()
+        self.header, self.log = store.describe(config, data, invocation), list[Record]()
         self.replicas: int = invocation["replicas"]
         self.lock = locks.enter_context(ExitStack())
         n = len(data.images)
@@ -84,23 +73,17 @@ class Run:
         self.lock.enter_context(owned(self.record_path))
         if not self.record_path.exists():
             return False
-        record = read_record(self.record_path)
-        require_same_run(self.record_path, record, self.header)
+        record = store.read_record(self.record_path)
+        store.require_same_run(self.record_path, record, self.header)
         return "final" in record
-
-    def checkpoint(self) -> Record | None:
-        """The last checkpoint of this run, if there is one."""
-        checkpoint = load_checkpoint(self.checkpoint_path, torch.device("cpu"))
-        if checkpoint:
-            require_same_run(self.checkpoint_path, checkpoint["header"], self.header)
-        return checkpoint
 
     def resume(self, state: Record) -> None:
         """Bring the run's tensors, `state`, to the last checkpoint, and begin or go on with its record."""
         self.state, self.saved, self.saved_at, self.saving = state, -1, time.perf_counter(), 0.0
         self.lock.callback(delattr, self, "state")  # the tensors' memory is the next run's
-        if checkpoint := on_first_process(self.checkpoint):
-            restore(self.checkpoint_path, checkpoint, state)
+        if checkpoint := on_first_process(lambda: store.load_checkpoint(self.checkpoint_path, torch.device("cpu"))):
+            store.require_same_run(self.checkpoint_path, checkpoint["header"], self.header)
+            store.restore(self.checkpoint_path, checkpoint, state)
             now = {key: self.header[key] for key in ("versions", "commit")}
             self.header, self.log = checkpoint["header"], checkpoint["log"]
             self.saved = len(self.log)
@@ -110,10 +93,10 @@ class Run:
             self.say(f"resumed after epoch {self.saved}")
             self.bar.total = (self.bar.total or 0) - self.saved * len(self.data.images)
         if is_first_process():
-            write_record(self.record_path, self.header, self.log)
+            store.write_record(self.record_path, self.header, self.log)
 
     def epochs_left(self) -> Iterator[int]:
-        """The epochs that follow, up to the last one that fits before the deadline; saves what that one leaves."""
+        """Yield the epochs that follow, up to the last one that fits before the deadline; save what is left then."""
         while (epoch := len(self.log)) < self.config.epochs:
             start = time.perf_counter()
             if self.deadline.is_near():
@@ -125,17 +108,14 @@ class Run:
             self.deadline.longest = max(self.deadline.longest, time.perf_counter() - start)
 
     def require_finite(self, epoch: int, losses: Tensor, norms: Tensor) -> None:
-        """Raises TrainError, which names the step, where the epoch left a loss, norm or weight that is not finite."""
+        """Raise TrainError, which names the step, where the epoch left a loss, norm or weight that is not finite."""
+        place = f"epoch {epoch + 1}"
         for what, values in (("loss", losses), ("gradient's norm", norms)):
             if len(bad := (~values.isfinite()).nonzero()):
-                raise TrainError(
-                    f"{self.name}: the {what} is {values[bad[0]].item()} in epoch {epoch + 1},"
-                    f" step {bad[0].item() + 1} of {len(values)}; the last checkpoint is kept"
-                )
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors(self.state).values()):
-            raise TrainError(
-                f"{self.name}: not all weights are finite after epoch {epoch + 1}; the last checkpoint is kept"
-            )
+                text = f"the {what} is {values[bad[0]].item()} in {place}, step {bad[0].item() + 1} of {len(values)}"
+                raise TrainError(f"{self.name}: {text}; the last checkpoint is kept")
+        if not all(bool(tensor.isfinite().all()) for tensor in store.tensors(self.state).values()):
+            raise TrainError(f"{self.name}: not all weights are finite after {place}; the last checkpoint is kept")
 
     def add(self, row: Record) -> None:
         """Log an epoch; save it if it is the last one or a checkpoint is due."""
@@ -153,16 +133,16 @@ class Run:
     def save(self) -> None:
         if is_first_process() and self.saved < len(self.log):
             checkpoint = {"header": self.header, "log": self.log, "mean": self.data.mean, **self.state}
-            save_checkpoint(self.checkpoint_path, checkpoint)
-            write_record(self.record_path, self.header, self.log)
+            store.save_checkpoint(self.checkpoint_path, checkpoint)
+            store.write_record(self.record_path, self.header, self.log)
             self.saved = len(self.log)
 
     def finish(self, last_line: Record, logits: Tensor) -> None:
         """Keep the logits of the test images and write the record's last line."""
         if is_first_process():
-            write_logits(self.record_path, logits.numpy(), self.data.test_labels.cpu().numpy())
-            write_record(self.record_path, self.header, self.log, last_line)
-            previous(self.checkpoint_path).unlink(missing_ok=True)
+            store.write_logits(self.record_path, logits.numpy(), self.data.test_labels.cpu().numpy())
+            store.write_record(self.record_path, self.header, self.log, last_line)
+            store.previous(self.checkpoint_path).unlink(missing_ok=True)
         self.finished = True
         errors = f"top-1 error {last_line['top1_error']:.2f} %, top-5 {last_line['top5_error']:.2f} %"
         self.say(f"{errors}, {last_line['seconds']:.0f} s")

@@ -64,28 +64,28 @@ QUALITIES: dict[str, Kind] = dict.fromkeys(
 QUALITY = {"nll": NUMBER, "calibration_error": PERCENT, "brier": ("a number from 0 to 2", lambda x: between(x, 0, 2))}
 
 
-def require(place: str, found: Any, kinds: dict[str, Kind], optional: dict[str, Kind] | None = None) -> None:
-    """Raises TrainError, which names the place and the key, unless every key is there and of its kind."""
-    if not isinstance(found, dict):
+def require(place: str, line: Any, kinds: dict[str, Kind], optional: dict[str, Kind] | None = None) -> None:
+    """Raise TrainError, which names the place and the key, unless every key is there and of its kind."""
+    if not isinstance(line, dict):
         raise TrainError(f"{place}: not a line of a record")
-    if missing := [key for key in kinds if key not in found]:
+    if missing := [key for key in kinds if key not in line]:
         raise TrainError(f"{place}: it lacks {', '.join(missing)}")
     for key, (rule, follows) in (kinds | (optional or {})).items():
-        if key in found and not follows(found[key]):
-            raise TrainError(f"{place}: {key} must be {rule}, got {reprlib.repr(found[key])}")
+        if key in line and not follows(line[key]):
+            raise TrainError(f"{place}: {key} must be {rule}, got {reprlib.repr(line[key])}")
 
 
 def once(pairs: list[tuple[str, Any]]) -> Record:
-    """The object of these keys and values, which json.loads has read. Raises ValueError for a key that comes twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """Make the object that json.loads has read of these pairs. Raises ValueError for a key that comes twice."""
+    line = dict(pairs)
+    if len(line) < len(pairs):
         ((key, times),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"it has the key {reprlib.repr(key)} {times} times")
-    return found
+    return line
 
 
 def parsed(path: object, content: bytes) -> tuple[Record, list[Record], Record]:
-    """Header, the epochs' lines, and the final line, which is empty while the run is unfinished.
+    """Read header, the epochs' lines, and the final line, which is empty while the run is unfinished.
 
     Raises TrainError, which names the file and the line, for what is not a record.
     """
@@ -100,7 +100,7 @@ def parsed(path: object, content: bytes) -> tuple[Record, list[Record], Record]:
             raise TrainError(f"{place}: cannot be read: {error}") from error
         if number == 1:
             require(place, line, IDENTITY | SIZES, {"resumed": LIST, "class_names": NAMES})
-            refuse_shared(place, line, FINAL)
+            require_disjoint(place, line, FINAL)
             try:
                 Config(**{f.name: line[f.name] for f in fields(Config)})
             except TrainError as error:
@@ -118,18 +118,18 @@ def parsed(path: object, content: bytes) -> tuple[Record, list[Record], Record]:
     return header, log, log.pop() if log and "final" in log[-1] else {}
 
 
-def refuse_shared(place: str, line: Record, other: Record) -> None:
-    """Raises TrainError for a key of both the header and the final line, of which `read_record` makes one object."""
+def require_disjoint(place: str, line: Record, other: Record) -> None:
+    """Raise TrainError for a key of both the header and the final line, of which `read_record` makes one object."""
     if shared := sorted(line.keys() & other.keys()):
         raise TrainError(f"{place}: {shared[0]} is a key of the first line or of the last one, not of both")
 
 
 def require_figures(place: str, line: Any, epoch: int, header: Record) -> None:
-    """Raises TrainError unless it is the line of this epoch, or the one after the last of the header's epochs."""
+    """Raise TrainError unless it is the line of this epoch, or the one after the last of the header's epochs."""
     epochs = header["epochs"]
     if isinstance(line, dict) and "final" in line:
         require(place, line, FINAL)
-        refuse_shared(place, line, header)
+        require_disjoint(place, line, header)
         for name, figures in line["sets"].items():
             require(f"{place}: the set {reprlib.repr(name)}", figures, SET, QUALITIES)
             for key in QUALITIES.keys() & figures.keys():

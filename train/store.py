@@ -59,6 +59,10 @@ def describe(config: Config, data: Data, invocation: Record) -> Record:
     amx = " AMX" if torch.cpu._is_amx_tile_supported() else ""  # which sums bfloat16 in another order
     device = torch.cuda.get_device_name() if gpu else f"{platform.machine()} {cpu_capability()}{amx}"
     processes = f"{dist.get_world_size()} processes, " if dist.is_initialized() else ""
+    versions: Record = {name: version(name) for name in ("torch", "numpy", "lace-loss")}
+    if gpu:
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        versions |= {"triton": version("triton"), "cuda": torch.version.cuda, "cudnn": cudnn}
     return asdict(config) | {
         "train_images": len(data.images),
         "test_images": len(data.test_images),
@@ -68,17 +72,10 @@ def describe(config: Config, data: Data, invocation: Record) -> Record:
         "data_sha256": data.sha256,
         "device": processes + device,
         "threads": None if gpu else torch.get_num_threads(),  # they change no bit there
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "numpy", "lace-loss")}
-        | (versions_of_cuda() if gpu else {}),
+        "versions": {"python": platform.python_version(), **versions},
         "commit": commit(),
         **invocation,
     }
-
-
-def versions_of_cuda() -> Record:
-    cudnn: Any = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    return {"triton": version("triton"), "cuda": torch.version.cuda, "cudnn": cudnn}
 
 
 def version(package: str) -> str:
@@ -102,7 +99,7 @@ def commit() -> str | None:
 
 
 def difference(saved: Record, header: Record) -> str:
-    """The first setting that keeps them from being headers of one run, in words; empty where there is none."""
+    """First setting that keeps them from being headers of one run, in words; empty where there is none."""
     others = (f"{key} = {saved[key]!r}, not {header[key]!r}" for key in IDENTITY if saved[key] != header[key])
     return next(others, "")
 
@@ -133,23 +130,22 @@ def write(path: Path, content: bytes, keep: Path | None = None) -> None:
 
 
 def remove_temporaries(record_path: Path) -> None:
-    """Those that processes left which were killed in `write`; for the one process that works on the run."""
+    """Remove what processes left that were killed in `write`; for the one process that works on the run."""
     for suffix in (".jsonl", ".checkpoint", ".logits.npz"):
-        for left in record_path.parent.glob(glob.escape(record_path.stem + suffix) + ".*tmp"):
-            left.unlink(missing_ok=True)
+        for file in record_path.parent.glob(glob.escape(record_path.stem + suffix) + ".*tmp"):
+            file.unlink(missing_ok=True)
 
 
-def record_text(header: Record, log: list[Record], final: Record | None = None) -> bytes:
-    lines = [header, *log, final] if final else [header, *log]
+def record_text(*lines: Record) -> bytes:
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
 
 
-def write_record(path: Path, header: Record, log: list[Record], final: Record | None = None) -> None:
-    write(path, record_text(header, log, final))
+def write_record(path: Path, header: Record, log: list[Record], *final: Record) -> None:
+    write(path, record_text(header, *log, *final))
 
 
 def record_lines(path: Path) -> tuple[Record, list[Record], Record]:
-    """Header, the epochs' lines, and the final line, which is empty while the run is unfinished.
+    """Read header, the epochs' lines, and the final line, which is empty while the run is unfinished.
 
     Raises TrainError, which names the file and the line, for what is not a record.
     """
@@ -183,7 +179,7 @@ def save_checkpoint(path: Path, state: Record) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device) -> Record | None:
-    """The newest generation that is whole, or None where there was none yet.
+    """Load the newest generation that is whole, or None where there was none yet.
 
     Raises TrainError where every generation is damaged, or one is whole but no checkpoint.
     """
@@ -205,7 +201,7 @@ def load_checkpoint(path: Path, device: torch.device) -> Record | None:
 
 
 def unpacked(path: Path, content: bytes, device: torch.device) -> Record:
-    """What `save_checkpoint` was given. Raises TrainError for content of another meaning."""
+    """Read what `save_checkpoint` was given. Raises TrainError for content of another meaning."""
     wrong = f"{path} is whole (SHA-256 is right), but not a checkpoint"
     try:
         state: Record = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
@@ -217,7 +213,7 @@ def unpacked(path: Path, content: bytes, device: torch.device) -> Record:
         raise TrainError(f"{wrong}: it holds no dict, but {type(state).__name__}")
     require(wrong, state, CHECKPOINT)
     try:
-        text = record_text(state["header"], state["log"])
+        text = record_text(state["header"], *state["log"])
     except (TypeError, ValueError, RecursionError) as error:
         raise TrainError(f"{wrong}: header and log are not those of a record: {error}") from error
     header, log, final = parsed(f"{path}, header and log", text)
@@ -227,28 +223,23 @@ def unpacked(path: Path, content: bytes, device: torch.device) -> Record:
 
 
 def tensors(state: Record) -> dict[str, Tensor]:
-    """Those of the model and, where it is there, of the momentum, by name."""
+    """Tensors of the model and, where it is there, of the momentum, by name."""
     return state["model"] | {f"momentum of parameter {i}": t for i, t in enumerate(state.get("momentum", []))}
 
 
 def restore(path: Path, saved: Record, ours: Record) -> None:
     """Copy a checkpoint's tensors into ours. Raises TrainError unless they have the names, shapes and types of ours."""
-    found, expected = (
-        {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors(state).items()}
-        for state in (saved, ours)
-    )
-    for name in [*expected, *found]:
-        if found.get(name) != expected.get(name):
-            raise TrainError(
-                f"{path} does not fit: its {name} is {found.get(name, 'missing')},"
-                f" and this run's {expected.get(name, 'missing')}"
-            )
-    for name, tensor in tensors(ours).items():
-        tensor.copy_(tensors(saved)[name])
+    source, target = tensors(saved), tensors(ours)
+    for name in [*target, *source]:
+        kinds = [f"{tuple(t[name].shape)} {t[name].dtype}" if name in t else "missing" for t in (source, target)]
+        if kinds[0] != kinds[1]:
+            raise TrainError(f"{path} does not fit: its {name} is {kinds[0]}, and this run's {kinds[1]}")
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
 
 
 def finished_checkpoint(record_path: Path, header: Record, log: list[Record], device: torch.device) -> Record:
-    """The checkpoint of a finished run, which lies beside its record, whose header and epochs' lines these are.
+    """Load the checkpoint of a finished run, which lies beside its record, whose header and epochs' lines these are.
 
     Raises TrainError where there is none, or one of another run or epoch.
     """

@@ -55,15 +55,15 @@ def arm_name(record: Record) -> str:
 
 def arms(records: list[Record]) -> dict[str, list[Record]]:
     """Finished records by loss, in order of strength and seed, the focal form last."""
-    found: dict[str, list[Record]] = {}
+    by_loss: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda r: (r["loss"] == "focal", r["strength"], r["seed"])):
         if "final" in record:
-            found.setdefault(arm_name(record), []).append(record)
-    return found
+            by_loss.setdefault(arm_name(record), []).append(record)
+    return by_loss
 
 
 def figure(record: Record, metric: Metric) -> Any:
-    """A number, or None where the record lacks it."""
+    """Number in a record, or None where the record lacks it."""
     value = record["sets"]
     for name in metric:
         value = value.get(name, {})
@@ -71,12 +71,12 @@ def figure(record: Record, metric: Metric) -> Any:
 
 
 def summarise(records: list[Record]) -> dict[str, Any]:
-    """The figures of records that share data and recipe. Raises TrainError for two of one run."""
+    """Figures of records that share data and recipe. Raises TrainError for two of one run."""
     seen: dict[tuple[Any, ...], str] = {}
     for record in records:
         other = seen.setdefault((arm_name(record), record["seed"]), record["path"])
         if other != record["path"]:
-            raise TrainError(f"{other} and {record['path']} are of the same run: report on one of them")
+            raise TrainError(f"{other} and {record['path']} belong to the same run: report on one of them")
     by_loss, first = arms(records), records[0]
     finished = [record for arm in by_loss.values() for record in arm]
     sets = dict.fromkeys(name for record in finished for name in record["sets"])
@@ -121,7 +121,7 @@ def summarise(records: list[Record]) -> dict[str, Any]:
         "paper_top5_error": PAPER,
         "unfinished": {r["path"]: f"{len(r['epochs_log'])} of {r['epochs']}" for r in records if "final" not in r},
         "mixed": mixed(finished),
-        "other_devices": {f"{a} and {b}": found for a, b in pairs if (found := other_devices(by_loss[a], by_loss[b]))},
+        "other_devices": {f"{a} and {b}": seeds for a, b in pairs if (seeds := other_devices(by_loss[a], by_loss[b]))},
     }
 
 
@@ -133,14 +133,14 @@ def standing(design: Design | None, by_arm: dict[str, Any]) -> dict[str, Any]:
     """How far the planned runs are, in words, and whether all of them and no others are finished."""
     if design is None:
         return {"complete": False, "standing": "No plan declares n for this recipe: figures without a conclusion."}
-    planned, found = set(range(design.n)), {name: set(by_arm.get(name, {"seeds": []})["seeds"]) for name in PAIR}
-    done = sum(len(seeds & planned) for seeds in found.values())
-    more = {name: sorted(seeds - planned) for name, seeds in found.items() if seeds - planned}
+    planned, present = set(range(design.n)), {name: set(by_arm.get(name, {"seeds": []})["seeds"]) for name in PAIR}
+    done = sum(len(seeds & planned) for seeds in present.values())
+    more = {name: sorted(seeds - planned) for name, seeds in present.items() if seeds - planned}
     text = f"{done} of {2 * design.n} runs finished"
     if done < 2 * design.n:
         text += ": interim, no conclusion"
-    if any(len(seeds) != design.n for seeds in found.values()):
-        text += f". n is {' and '.join(f'{len(found[name])} ({name})' for name in PAIR)}, in the plan {design.n}"
+    if any(len(seeds) != design.n for seeds in present.values()):
+        text += f". n is {' and '.join(f'{len(present[name])} ({name})' for name in PAIR)}, in the plan {design.n}"
     if more:
         extra = " and ".join(f"{name} {', '.join(map(str, seeds))}" for name, seeds in more.items())
         text += f". The plan has no seeds beyond {design.n - 1}: take out {extra}; no conclusion"
@@ -148,18 +148,14 @@ def standing(design: Design | None, by_arm: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict[str, Any]:
-    """Of one figure of two arms, a - b: by Welch, paired by seed, and as a ratio."""
+    """Difference a - b of one figure of two arms: by Welch, paired by seed, and as a ratio."""
     x, y = np.array(a[metric]["values"]), np.array(b[metric]["values"])
     by_seed = dict(zip(a["seeds"], x, strict=True)), dict(zip(b["seeds"], y, strict=True))
-    return {
-        "welch": welch(x, y),
-        "paired": paired(*by_seed),
-        "ratio": ratio(x, y),
-    }
+    return {"welch": welch(x, y), "paired": paired(*by_seed), "ratio": ratio(x, y)}
 
 
 def powers(by_arm: dict[str, Any], n: int) -> dict[str, Any] | None:
-    """For the paper's difference and for its ratio, with the spread that is seen; None where there is none."""
+    """Power for the paper's difference and for its ratio, with the spread that is seen; None where there is none."""
     errors = [np.array(by_arm[name][key(PRIMARY)]["values"]) for name in PAIR if name in by_arm]
     if len(errors) < 2 or not all(map(has_spread, errors)) or min(x.min() for x in errors) <= 0:
         return None
@@ -171,19 +167,19 @@ def powers(by_arm: dict[str, Any], n: int) -> dict[str, Any] | None:
 
 def mixed(records: list[Record]) -> dict[str, dict[str, int]]:
     """What differs between the machines and programs that made these records, and how many records have which."""
-    made = []
+    origins = []
     for record in records:
         versions = record.get("versions")
-        found = {name: record.get(name) for name in MACHINE} | {"resumed elsewhere": bool(record.get("resumed"))}
+        origin = {name: record.get(name) for name in MACHINE} | {"resumed elsewhere": bool(record.get("resumed"))}
         if isinstance(versions, dict):
-            found |= {f"version of {name}": version for name, version in versions.items()}
-        made.append(found)
+            origin |= {f"version of {name}": version for name, version in versions.items()}
+        origins.append(origin)
     counts = {
         # As JSON, which has no characters that a terminal obeys; a file may hold any.
-        json.dumps(name)[1:-1][:60]: dict(Counter(json.dumps(found.get(name))[:60] for found in made))
-        for name in dict.fromkeys(name for found in made for name in found)
+        json.dumps(name)[1:-1][:60]: dict(Counter(json.dumps(origin.get(name))[:60] for origin in origins))
+        for name in dict.fromkeys(name for origin in origins for name in origin)
     }
-    return {name: found for name, found in counts.items() if len(found) > 1}
+    return {name: values for name, values in counts.items() if len(values) > 1}
 
 
 def other_devices(a: list[Record], b: list[Record]) -> list[int]:
