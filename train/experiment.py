@@ -1,7 +1,7 @@
-"""The paper's experiment from top to bottom: network, learning rate, step, test, epochs, record.
+"""The paper's experiment from top to bottom: learning rate, step, test, epochs, record.
 
-This is all of it on one device. The files of a run are in `runs.py`, steps as CUDA graphs and runs side by side in
-`replicas.py`, several processes in `processes.py`.
+This is all of it on one device, but for images (`data.py`) and network (`model.py`). A run's files are in `runs.py`,
+steps as CUDA graphs and runs side by side in `replicas.py`, several processes that share a batch in `shared.py`.
 
 Everything random is a function of seed and epoch, and the learning rate is one of the step. So the weights, the
 momentum and the log of the epochs before are all that a run needs to go on.
@@ -58,7 +58,7 @@ class Training:
         self.ranks = torch.zeros(n, dtype=torch.int64, device=device)
 
     def state(self) -> Record:
-        """What a checkpoint holds of it; the tensors themselves."""
+        """Tensors that a checkpoint holds; these themselves, not copies."""
         return {"model": self.model.state_dict(), "momentum": self.momentum}
 
     def begin(self, epoch: int) -> None:
@@ -131,6 +131,7 @@ def train(run: Run, make: Callable[[Config, Data], Training] = Training) -> Iter
     """Train a run from its last checkpoint to the last line of its record.
 
     Yields where other runs on the same GPU may go on: after each step, and before and after what waits for the device.
+    A run by itself is `for _ in train(run): pass`.
     Raises TrainError where the loss, a gradient or a weight is not finite.
     """
     config, data, n = run.config, run.data, len(run.data.images)

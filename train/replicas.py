@@ -20,7 +20,7 @@ class GraphTraining(Training):
         super().__init__(config, data)
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.positions = self.batches[0].clone()
-        before = copy.deepcopy(self.state())
+        before = copy.deepcopy(tensors(self.state()))
         super().begin(0)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # libraries choose and allocate outside of the graph
@@ -28,7 +28,7 @@ class GraphTraining(Training):
                 self.update(self.positions)
         torch.cuda.current_stream().wait_stream(self.stream)
         for name, tensor in tensors(self.state()).items():
-            tensor.copy_(tensors(before)[name])
+            tensor.copy_(before[name])
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=self.stream):

@@ -8,6 +8,7 @@ import json
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from .pictures import plot_curves, plot_reliability
 from .plan import PAIR, PAPER, PRIMARY
 from .schema import Record
 from .store import read_record
-from .summary import CALIBRATION, METRICS, RECIPE, arms, key, summarise
+from .summary import CALIBRATION, METRICS, RECIPE, arms, summarise
 
 COLUMNS = 80
-DECLARED, FIGURE = " - ".join(PAIR), key(PRIMARY)
+DECLARED = " - ".join(PAIR)
 SCALED = (
     "Calibration error in 15 bins. Probabilities: the class probabilities that LACE stands for, by its softmax."
     " Scaled: after one temperature."
@@ -79,7 +80,7 @@ def markdown(summary: dict[str, Any]) -> str:
 def what_was_seen(summary: dict[str, Any]) -> str:
     """One sentence on the runs of a command: mean test errors, and whether the interval of the difference holds 0."""
     # Of ten classes nearly every image has its own among the first five.
-    metric, name = (FIGURE, "top-5") if summary["classes"] > 10 else ("test.top1_error", "top-1")
+    metric, name = (PRIMARY, "top-5") if summary["classes"] > 10 else ("test.top1_error", "top-1")
     by_arm = [f"{arm[metric]['mean']:.2f} % with {loss} (n = {arm['n']})" for loss, arm in summary["arms"].items()]
     if not by_arm:
         return "Seen: nothing yet, no run is finished."
@@ -135,7 +136,7 @@ def mean_and_sd(arm: dict[str, Any], metric: str) -> str:
     return f"{mean:{form}}" if sd is None else f"{mean:{form}} ± {sd:{form}}"
 
 
-def signed(difference: dict[str, Any], metric: str = FIGURE) -> str:
+def signed(difference: dict[str, Any], metric: str = PRIMARY) -> str:
     """A difference with its sign, and its interval where it has one."""
     if difference["mean"] is None:
         return "-"
@@ -145,13 +146,12 @@ def signed(difference: dict[str, Any], metric: str = FIGURE) -> str:
 
 def title(metric: str) -> str:
     """Words for a figure that is no part of the calibration's table."""
-    titles = {key(known): name for known, name in METRICS.items()}
-    return titles.get(metric) or f"top-1 error, {metric.rpartition('.')[0]}, %"
+    return METRICS.get(metric) or f"top-1 error, {metric.rpartition('.')[0]}, %"
 
 
 def means(summary: dict[str, Any]) -> list[str]:
     """Tables of every arm: errors, calibration, and the primary figure seed by seed."""
-    by_arm, columns = summary["arms"], [key(metric) for row in CALIBRATION.values() for metric in row]
+    by_arm, columns = summary["arms"], [*chain(*CALIBRATION.values())]
     lines = table(
         ["", *by_arm],
         [
@@ -167,11 +167,11 @@ def means(summary: dict[str, Any]) -> list[str]:
     for name, arm in by_arm.items():
         for said, row in CALIBRATION.items():
             # Without LACE's strength the class probabilities are the softmax.
-            if key(row[0]) in arm and not (name == "CE" and said.startswith("prob")):
-                rows.append([f"{name} {said}", *(mean_and_sd(arm, key(metric)) for metric in row)])
+            if row[0] in arm and not (name == "CE" and said.startswith("prob")):
+                rows.append([f"{name} {said}", *(mean_and_sd(arm, metric) for metric in row)])
     lines += ["", wrapped(SCALED), "", *table(["test images", "NLL", "calibration, %", "Brier score"], rows)]
     seeds = sorted({seed for arm in by_arm.values() for seed in arm["seeds"]})
-    by_seed = [dict(zip(arm["seeds"], arm[FIGURE]["values"], strict=True)) for arm in by_arm.values()]
+    by_seed = [dict(zip(arm["seeds"], arm[PRIMARY]["values"], strict=True)) for arm in by_arm.values()]
     rows = [[seed, *(f"{errors[seed]:.2f}" if seed in errors else "" for errors in by_seed)] for seed in seeds]
     return [*lines, "", *table(["seed: top-5 test error, %", *by_arm], rows)]
 
@@ -181,24 +181,24 @@ def differences(summary: dict[str, Any]) -> list[str]:
     pairs: dict[str, Any] = dict(summary["differences"])
     lines: list[str] = []
     if declared := pairs.pop(DECLARED, None):
-        primary = declared[FIGURE]
+        primary = declared[PRIMARY]
         analyses = [("Welch, points (declared)", primary["welch"])]
         analyses += [(f"paired by seed, points, {primary['paired']['seeds']} seeds", primary["paired"])]
         analyses += [("Welch, ratio of the errors - 1, %", primary["ratio"])] if primary["ratio"] else []
         rows = [[name, signed(f), "" if f["p"] is None else f"{f['p']:.2g}"] for name, f in analyses]
         lines += ["", *table([f"{DECLARED}, top-5 test error", "95 % interval", "p"], rows)]
-        errors = [m for m in summary["metrics"] if m.endswith("_error") and m != FIGURE and m.count(".") == 1]
+        errors = [m for m in summary["metrics"] if m.endswith("_error") and m != PRIMARY and m.count(".") == 1]
         errors = [m for m in errors if m != "test.calibration_error"]
         rows = [[title(m), signed(declared[m]["welch"], m)] for m in errors]
         rows += [
-            [f"{what}, {said}", signed(declared[key(metric)]["welch"], key(metric))]
+            [f"{what}, {said}", signed(declared[metric]["welch"], metric)]
             for said, row in CALIBRATION.items()
             for what, metric in zip(("NLL", "calibration, %", "Brier score"), row, strict=True)
-            if key(metric) in declared
+            if metric in declared
         ]
         lines += ["", *table([f"{DECLARED}, without a claim", "Welch, 95 %"], rows)]
     if pairs:
-        rows = [[p, *(signed(f[FIGURE][how]) for how in ("welch", "paired"))] for p, f in pairs.items()]
+        rows = [[p, *(signed(f[PRIMARY][how]) for how in ("welch", "paired"))] for p, f in pairs.items()]
         lines += ["", "Beside the plan, top-5 test error, not corrected for several pairs:", ""]
         lines += table(["", "Welch, 95 %", "paired, 95 %"], rows)
     return lines
@@ -238,7 +238,7 @@ def remarks(summary: dict[str, Any]) -> list[str]:
 
 def conclusions(summary: dict[str, Any]) -> list[str]:
     """Verdict of a complete study, what it excludes, and the effects that were declared."""
-    primary, gap = summary["differences"][DECLARED][FIGURE], PAPER["CE"] - PAPER["LACE"]
+    primary, gap = summary["differences"][DECLARED][PRIMARY], PAPER["CE"] - PAPER["LACE"]
     if primary["welch"]["interval"] is None:
         return [f"Top-5 error, {DECLARED}: {signed(primary['welch'])} points: undecided, the seeds have no spread."]
     (low, high), (a, b) = primary["welch"]["interval"], PAIR
@@ -255,6 +255,6 @@ def conclusions(summary: dict[str, Any]) -> list[str]:
             f" {paper:+.1f} % is {'not ' if low <= paper <= high else ''}excluded."
         )
     if summary["is_cifar100"] and not summary["scaled_down"]:
-        near = abs(summary["arms"]["CE"][FIGURE]["mean"] - PAPER["CE"]) <= 0.3
+        near = abs(summary["arms"]["CE"][PRIMARY]["mean"] - PAPER["CE"]) <= 0.3
         lines.append(f"CE's mean is {'' if near else 'not '}within 0.3 points of the paper's {PAPER['CE']} %.")
     return lines

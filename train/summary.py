@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import fields
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
@@ -19,26 +19,25 @@ from .schema import Record
 
 # Runs on the same data and with the same RECIPE compare.
 RECIPE = tuple(f.name for f in fields(Config) if f.name not in ("data", "test_every", "loss", "strength", "seed"))
-Metric = tuple[str, ...]  # set of images and figure in a record's last line
-# Shown where all finished records of a group have them.
-METRICS: dict[Metric, str] = {
+# Figures of a record's last line by set of images and name; shown where all finished records of a group have them.
+METRICS = {
     PRIMARY: "top-5 test error, %",
-    ("test", "top1_error"): "top-1 test error, %",
-    ("unused", "top5_error"): "top-5 error, unused images, %",
-    ("unused", "top1_error"): "top-1 error, unused images, %",
-    ("train", "top5_error"): "top-5 training error, %",
-    ("train", "top1_error"): "top-1 training error, %",
-    ("train", "nll"): "training NLL",
-    ("train", "calibration_error"): "training calibration error, %",
+    "test.top1_error": "top-1 test error, %",
+    "unused.top5_error": "top-5 error, unused images, %",
+    "unused.top1_error": "top-1 error, unused images, %",
+    "train.top5_error": "top-5 training error, %",
+    "train.top1_error": "top-1 training error, %",
+    "train.nll": "training NLL",
+    "train.calibration_error": "training calibration error, %",
 }
 ATTACK = re.compile(r"(FGSM|PGD-10) ([0-9]+(?:\.[0-9]+)?(?:e[+-][0-9]+)?)/255")  # a set's name by `attack.py`
-# Of the test images, by what is taken for probabilities; scaled: after one temperature. LACE's probabilities are those
-# of `probabilities.py`.
-CALIBRATION: dict[str, tuple[Metric, Metric, Metric]] = {
-    "softmax": (("test", "nll"), ("test", "calibration_error"), ("test", "softmax", "brier")),
+# NLL, calibration error and Brier score of the test images, by what is taken for probabilities; scaled: after one
+# temperature. LACE's probabilities are those of `probabilities.py`.
+CALIBRATION = {
+    "softmax": ("test.nll", "test.calibration_error", "test.softmax.brier"),
     **{
-        title: (("test", key, "nll"), ("test", key, "calibration_error"), ("test", key, "brier"))
-        for title, key in (
+        title: (f"test.{name}.nll", f"test.{name}.calibration_error", f"test.{name}.brier")
+        for title, name in (
             ("softmax, scaled", "softmax_scaled"),
             ("probabilities", "posterior"),
             ("probabilities, scaled", "posterior_scaled"),
@@ -62,12 +61,11 @@ def arms(records: list[Record]) -> dict[str, list[Record]]:
     return by_loss
 
 
-def figure(record: Record, metric: Metric) -> Any:
-    """Number in a record, or None where the record lacks it."""
-    value = record["sets"]
-    for name in metric:
-        value = value.get(name, {})
-    return None if value == {} else value
+def figures(record: Record, sets: list[str]) -> dict[str, Any]:
+    """Figures of these sets of images by their dotted names, as far as the record has them."""
+    by_name = {f"{name}.{key}": value for name in sets for key, value in record["sets"].get(name, {}).items()}
+    inner = [(name, value) for name, value in by_name.items() if isinstance(value, dict)]
+    return by_name | {f"{name}.{key}": value for name, values in inner for key, value in values.items()}
 
 
 def summarise(records: list[Record]) -> dict[str, Any]:
@@ -79,18 +77,19 @@ def summarise(records: list[Record]) -> dict[str, Any]:
             raise TrainError(f"{other} and {record['path']} belong to the same run: report on one of them")
     by_loss, first = arms(records), records[0]
     finished = [record for arm in by_loss.values() for record in arm]
-    sets = dict.fromkeys(name for record in finished for name in record["sets"])
-    attacks = sorted((match[1], float(match[2]), match[0]) for match in map(ATTACK.fullmatch, sets) if match)
-    metrics = [*METRICS, *((name, "top1_error") for *_, name in attacks)]
-    metrics += [metric for row in CALIBRATION.values() for metric in row]
-    shown = [m for m in metrics if finished and all(figure(record, m) is not None for record in finished)]
+    names = dict.fromkeys(name for record in finished for name in record["sets"])
+    attacks = [name for *_, name in sorted((m[1], float(m[2]), m[0]) for m in map(ATTACK.fullmatch, names) if m)]
+    metrics = [*METRICS, *(f"{name}.top1_error" for name in attacks), *chain(*CALIBRATION.values())]
+    sets = ["test", "train", "unused", *attacks]
+    by_record = {name: [figures(record, sets) for record in arm] for name, arm in by_loss.items()}
+    shown = [m for m in metrics if finished and all(m in record for arm in by_record.values() for record in arm)]
     by_arm: dict[str, Any] = {
         name: {
             "n": len(arm),
-            "seeds": [record["seed"] for record in arm],
-            **{key(metric): statistics([figure(record, metric) for record in arm]) for metric in shown},
+            "seeds": [record["seed"] for record in by_loss[name]],
+            **{metric: statistics([record[metric] for record in arm]) for metric in shown},
         }
-        for name, arm in by_loss.items()
+        for name, arm in by_record.items()
     }
     pairs = sorted(combinations(by_arm, 2), key=lambda pair: pair != PAIR)
     paper = {name: getattr(Config, name) for name in RECIPE}
@@ -106,11 +105,9 @@ def summarise(records: list[Record]) -> dict[str, Any]:
         "recipe": recipe,
         "design": design.name if design else None,
         **standing(design, by_arm),
-        "metrics": [key(metric) for metric in shown],
+        "metrics": shown,
         "arms": by_arm,
-        "differences": {
-            f"{a} - {b}": {key(m): difference(by_arm[a], by_arm[b], key(m)) for m in shown} for a, b in pairs
-        },
+        "differences": {f"{a} - {b}": {m: difference(by_arm[a], by_arm[b], m) for m in shown} for a, b in pairs},
         "power": powers(by_arm, design.n) if design else None,
         "is_cifar100": is_cifar100,
         "scaled_down": [
@@ -123,10 +120,6 @@ def summarise(records: list[Record]) -> dict[str, Any]:
         "mixed": mixed(finished),
         "other_devices": {f"{a} and {b}": seeds for a, b in pairs if (seeds := other_devices(by_loss[a], by_loss[b]))},
     }
-
-
-def key(metric: Metric) -> str:
-    return ".".join(metric)
 
 
 def standing(design: Design | None, by_arm: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +149,7 @@ def difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict[str, A
 
 def powers(by_arm: dict[str, Any], n: int) -> dict[str, Any] | None:
     """Power for the paper's difference and for its ratio, with the spread that is seen; None where there is none."""
-    errors = [np.array(by_arm[name][key(PRIMARY)]["values"]) for name in PAIR if name in by_arm]
+    errors = [np.array(by_arm[name][PRIMARY]["values"]) for name in PAIR if name in by_arm]
     if len(errors) < 2 or not all(map(has_spread, errors)) or min(x.min() for x in errors) <= 0:
         return None
     effects = PAPER["CE"] - PAPER["LACE"], np.log(PAPER["CE"] / PAPER["LACE"])
