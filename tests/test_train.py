@@ -442,6 +442,58 @@ def test_a_step_asks_the_device_for_no_value() -> None:
     assert look.names & asking
 
 
+def test_a_captured_step_begins_each_epoch_anew_and_warming_up_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in for CUDA, whose capture notes a step in place of taking it, and whose replay takes it."""
+    update, capturing = Training.update, list[bool]()
+
+    class Graph:
+        training: Training
+
+        def replay(self) -> None:
+            update(self.training, self.training.positions)  # type: ignore[attr-defined]
+            self.training.positions += self.training.config.batch  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, stream: object) -> Iterator[None]:
+        capturing.append(True)
+        yield
+        capturing.clear()
+
+    def noted(training: Training, positions: torch.Tensor) -> None:
+        if capturing:
+            assert positions is training.positions  # type: ignore[attr-defined]
+            Graph.training = training
+        else:
+            update(training, positions)
+
+    stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+    for name, stand_in in {"Stream": stream, "current_stream": stream, "CUDAGraph": Graph, "graph": capture}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(Training, "update", noted)
+    config, digits = Config("digits", width=2, pad=1, batch=479), load("digits", "unused", CPU)
+    eager, captured = Training(config, digits), replicas.GraphTraining(config, digits)
+    for epoch in range(2):
+        for training in (eager, captured):
+            training.begin(epoch)
+            for i in range(3):
+                training.step(i)
+        pairs = zip((*eager.end(), *eager.momentum), (*captured.end(), *captured.momentum), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), f"epoch {epoch}"
+    states = store.tensors(eager.state()), store.tensors(captured.state())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_experiment_is_one_file_of_at_most_180_lines_that_knows_no_graph_process_attack_or_report() -> None:
+    text = Path(experiment.__file__).read_text()
+    assert len(text.splitlines()) <= 180
+    rooms = {line.split()[1] for line in text.splitlines() if line.startswith("from .")}
+    assert rooms == {".config", ".data", ".model", ".probabilities", ".runs", ".schema"}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_graphs_of_steps_equal_eager_steps_bit_for_bit(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
