@@ -166,10 +166,8 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     invocation = {"mode": "graph" if graph else "eager", "replicas": replicas, "command": command}
     deadline, images = Deadline(args.max_seconds), len(configs) * config.epochs * len(data.images)
     hidden = None if is_first_process() else True  # None: where stderr is no terminal
-    with ExitStack() as locks:
-        bar = locks.enter_context(
-            tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=hidden)
-        )
+    bar = tqdm(total=images, unit=" img", unit_scale=True, dynamic_ncols=True, disable=hidden)
+    with bar, ExitStack() as locks:
         runs = [Run(c, data, args.out, invocation, bar, locks, deadline, args.verbose) for c in configs]
         train_all(runs, make, replicas, deadline)
     return [run.record_path for run in runs if run.record_path.exists()]

@@ -103,7 +103,7 @@ class Run:
                 self.save()
                 self.say(f"stopped by --max-seconds {self.deadline.max_seconds:g}: the same command goes on")
                 return
-            self.bar.set_description(f"{self.name} epoch {epoch + 1}/{self.config.epochs}")
+            self.bar.set_description(f"{self.config.loss} seed {self.config.seed}, {epoch + 1}/{self.config.epochs}")
             yield epoch
             self.deadline.longest = max(self.deadline.longest, time.perf_counter() - start)
 
