@@ -48,6 +48,7 @@ from lace_loss.train.model import ResNet18  # noqa: E402
 from lace_loss.train.probabilities import log_probabilities, qualities  # noqa: E402
 from lace_loss.train.processes import is_out_of_memory  # noqa: E402
 from lace_loss.train.schema import FIGURES, Record  # noqa: E402
+from lace_loss.train.shared import SharedTraining  # noqa: E402
 from lace_loss.train.store import load_checkpoint, previous, read_record, save_checkpoint  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -637,7 +638,8 @@ def steps_of_ten_and_two(rank: int, processes: int, folder: Path) -> None:
     pixels = torch.randint(0, 256, (12, 3, 32, 32), generator=random, dtype=torch.uint8)
     labels, none = torch.arange(12) % 5, torch.zeros(0)
     data = Data("random", list("abcde"), "", pixels, labels, none, none, none, none, torch.full((3, 32, 32), 0.5))
-    training = Training(Config("random", width=2, batch=10, lr=0.001), data)
+    make = SharedTraining if processes > 1 else Training
+    training = make(Config("random", width=2, batch=10, lr=0.001), data)
     training.begin(0)
     for i in range(2):
         training.step(i)

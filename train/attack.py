@@ -57,9 +57,8 @@ def attack(files: list[Path], largest: list[float], data: str, root: str, device
             settings = header["shrink"], header["subset"]
             images = loaded[settings] = loaded.get(settings) or load(data, root, device, *settings)
             if images.sha256 != header["data_sha256"]:
-                raise TrainError(
-                    f"{file} has other data than --data {data}: its data_sha256 is {header['data_sha256']}"
-                )
+                sha256 = header["data_sha256"]
+                raise TrainError(f"{file} belongs to other data than --data {data}: its data_sha256 is {sha256}")
             state, precision = finished_checkpoint(file, header, log, device), header["precision"]
             model = network(header["width"], images)
             restore(file.with_suffix(".checkpoint"), {"model": state["model"]}, {"model": model.state_dict()})
