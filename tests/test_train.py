@@ -42,14 +42,14 @@ from lace_loss.train import experiment, lock, replicas, runs, store  # noqa: E40
 from lace_loss.train.__main__ import main, seeds  # noqa: E402
 from lace_loss.train.attack import adversarial  # noqa: E402
 from lace_loss.train.config import Config, TrainError  # noqa: E402
-from lace_loss.train.data import Data, balanced, block_means, crop, draws, flip, load, normalised  # noqa: E402
+from lace_loss.train.data import Data, block_means, crop, draw, flip, load, normalised, subset_mask  # noqa: E402
 from lace_loss.train.experiment import Training, learning_rate  # noqa: E402
 from lace_loss.train.model import ResNet18  # noqa: E402
 from lace_loss.train.probabilities import log_probabilities, qualities  # noqa: E402
 from lace_loss.train.processes import is_out_of_memory  # noqa: E402
 from lace_loss.train.schema import FIGURES, Record  # noqa: E402
 from lace_loss.train.shared import SharedTraining  # noqa: E402
-from lace_loss.train.store import load_checkpoint, previous, read_record, save_checkpoint  # noqa: E402
+from lace_loss.train.store import load_checkpoint, previous_generation, read_record, save_checkpoint  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = ["--epochs", "3", "--width", "1", "--device", "cpu", "--threads", "1"]
@@ -132,7 +132,7 @@ def test_flip_mirrors_the_chosen_images_only() -> None:
 
 
 def test_draws_depend_on_seed_and_epoch_alone_and_cover_every_offset() -> None:
-    first, again, other = draws(3, 5, 2000, 4), draws(3, 5, 2000, 4), draws(3, 6, 2000, 4)
+    first, again, other = draw(3, 5, 2000, 4), draw(3, 5, 2000, 4), draw(3, 6, 2000, 4)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     order, offsets, flips = first
@@ -183,13 +183,13 @@ def test_shrinking_replaces_blocks_of_pixels_by_their_mean() -> None:
 
 def test_a_subset_holds_as_many_of_every_class_and_the_rest_is_unused() -> None:
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [10, 20, 30]))
-    chosen = balanced(labels, 24)
+    chosen = subset_mask(labels, 24)
     assert np.bincount(labels[chosen]).tolist() == [8, 8, 8]
     assert all(chosen[labels == c].nonzero()[0].tolist() == list(range(8)) for c in range(3))
-    assert balanced(labels, 0).all()
+    assert subset_mask(labels, 0).all()
     for subset in (25, 2, 33):  # uneven, less than one of each, more than there are of one
         with pytest.raises(TrainError, match=f"multiple of the 3 classes and at most 30, .* got {subset}"):
-            balanced(labels, subset)
+            subset_mask(labels, subset)
     whole, part = load("digits", "unused", CPU), load("digits", "unused", CPU, subset=1000)
     assert (len(part.images), len(part.unused_images)) == (1000, 437)
     assert whole.sha256 != part.sha256
@@ -580,7 +580,7 @@ def test_a_stop_right_after_a_checkpoint_keeps_the_generation_before(
     monkeypatch.setattr(runs, "any_past_deadline", lambda _: next(stops))
     assert main(small(tmp_path)) == 0
     newest = tmp_path / "digits_lace_seed0_w1.checkpoint"
-    states = [load_checkpoint(path, CPU) for path in (newest, previous(newest))]
+    states = [load_checkpoint(path, CPU) for path in (newest, previous_generation(newest))]
     assert [len(state["log"]) for state in states if state] == [2, 1]
 
 
@@ -815,10 +815,10 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     def stop(seed: int, epoch: int, n: int, pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if epoch == 2:
             raise KeyboardInterrupt
-        return draws(seed, epoch, n, pad)
+        return draw(seed, epoch, n, pad)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "draws", stop)
+        patch.setattr(experiment, "draw", stop)
         patch.setattr(runs, "SAVING_SHARE", math.inf)  # a checkpoint every epoch
         assert main(small(tmp_path)) == 130
     assert f"--out {tmp_path}" in capsys.readouterr().err
@@ -861,7 +861,7 @@ def test_two_damaged_generations_are_an_error_that_changes_nothing(
     interrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = interrupted / "digits_lace_seed0_w1.checkpoint"
-    for file in (checkpoint, previous(checkpoint)):
+    for file in (checkpoint, previous_generation(checkpoint)):
         file.write_bytes(file.read_bytes()[:1000])
     before = {file.name: file.read_bytes() for file in interrupted.iterdir()}
     assert_error(capsys, small(interrupted), "damaged", str(checkpoint))

@@ -190,11 +190,11 @@ def main(arguments: list[str]) -> int:
                 (summary,) = report(records)  # the runs of a command share data and recipe
                 print(f"\n{what_was_seen(summary)}")
     except (TrainError, OSError) as error:
-        return failed(error)
+        return print_error(error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return failed(f"out of memory: {error}")
+        return print_error(f"out of memory: {error}")
     except KeyboardInterrupt:
         if is_first_process():
             print(f"stopped; the same command goes on from the last checkpoint: {command}", file=sys.stderr)
@@ -205,7 +205,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def failed(why: object) -> int:
+def print_error(why: object) -> int:
     # One write: torchrun's processes share the stream, and print writes each argument by itself.
     sys.stderr.write(f"error: {' '.join(str(why).split())}\n")
     return 2

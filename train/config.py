@@ -1,6 +1,7 @@
 """Every setting of a run, and the one exception for what its user can put right."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,26 +45,22 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("lr", "lr_drop", "momentum", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise TrainError(f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(self, name)}")
-        if self.batch == 1:
-            raise TrainError("--batch must be at least 2: batch normalisation needs two images")
-        for name, choices in (
-            ("loss", ("ce", "lace", "focal")),
-            ("precision", ("float32", "bfloat16")),
-            ("schedule", ("steps", "triangle")),
-        ):
-            if getattr(self, name) not in choices:
-                raise TrainError(f"--{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
-        for names, least in (("width epochs batch lr_step shrink test_every", 1), ("pad subset", 0)):
-            for name in names.split():
-                if not least <= getattr(self, name) <= MOST:
-                    rule = f"at least {least} and at most {MOST}"
-                    raise TrainError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(self, name)}")
-        if not self.data.isprintable():
-            raise TrainError(f"--data must have a name of printable characters, got {self.data!r}")
-        if not 0 <= self.strength <= 1:
-            raise TrainError(f"--strength must be in [0, 1], got {self.strength}")
+            self.require(name, lambda x: 0 <= x < math.inf, "be at least 0 and finite")
+        self.require("batch", lambda x: x != 1, "be at least 2, which batch normalisation needs")
+        self.require("loss", lambda x: x in ("ce", "lace", "focal"), "be ce or lace or focal")
+        self.require("precision", lambda x: x in ("float32", "bfloat16"), "be float32 or bfloat16")
+        self.require("schedule", lambda x: x in ("steps", "triangle"), "be steps or triangle")
+        for name in ("width", "epochs", "batch", "lr_step", "shrink", "test_every"):
+            self.require(name, lambda x: 1 <= x <= MOST, f"be at least 1 and at most {MOST}")
+        for name in ("pad", "subset"):
+            self.require(name, lambda x: 0 <= x <= MOST, f"be at least 0 and at most {MOST}")
+        self.require("data", str.isprintable, "have a name of printable characters")
+        self.require("strength", lambda x: 0 <= x <= 1, "be in [0, 1]")
+
+    def require(self, name: str, follows: Callable[[Any], bool], rule: str) -> None:
+        """Raise TrainError, which names the flag, the rule and the value, unless the setting follows the rule."""
+        if not follows(value := getattr(self, name)):
+            raise TrainError(f"--{name.replace('_', '-')} must {rule}, got {value!r}")
 
     def require_device(self, kind: str) -> None:
         """Refuse bfloat16 on a CPU that would only imitate it, several times slower than float32."""

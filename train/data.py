@@ -67,7 +67,7 @@ def flip(images: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
-def draws(seed: int, epoch: int, n: int, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw(seed: int, epoch: int, n: int, pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """Order (n,), crop offsets (n, 2) and flips (n,) bool of an epoch.
 
     A function of seed and epoch alone, so that a resumed run needs no state of a random generator.
@@ -91,7 +91,7 @@ def load(data: str, root: str, device: torch.device, shrink: int = 1, subset: in
         arrays, class_names = folder(Path(data))
     images, labels, test_images, test_labels = arrays
     images, test_images = block_means(images, shrink), block_means(test_images, shrink)
-    chosen = balanced(labels, subset)
+    chosen = subset_mask(labels, subset)
     arrays = [images[chosen], labels[chosen], test_images, test_labels, images[~chosen], labels[~chosen]]
     arrays = [np.ascontiguousarray(array) for array in arrays]
     digest = hashlib.sha256()
@@ -113,7 +113,7 @@ def block_means(images: np.ndarray, side: int) -> np.ndarray:
     return np.rint(blocks.mean((3, 5), dtype=np.float32)).astype(np.uint8)
 
 
-def balanced(labels: np.ndarray, subset: int) -> np.ndarray:
+def subset_mask(labels: np.ndarray, subset: int) -> np.ndarray:
     """Which samples (N,) bool the subset holds: the first ones of every class, as many of each; all if it is 0."""
     if subset == 0:
         return np.ones(len(labels), bool)

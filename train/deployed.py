@@ -20,7 +20,7 @@ from lace_loss import ext
 from .images import image_files, pixels
 
 
-def loaded(model: Path) -> Any:
+def open_model(model: Path) -> Any:
     """Open a model as `export` writes it. Raises ValueError for any other file."""
     import onnxruntime
 
@@ -83,7 +83,7 @@ def evaluation(model: Path, folder: Path) -> ext.Evaluation:
     names, images = image_files(folder)
     if not model.is_file():
         raise ValueError(f"there is no file {model}")
-    session = loaded(model)
+    session = open_model(model)
     logits = logits_of(model, session, [file for file, _ in images])
     if logits.shape[1] != len(names):
         raise ValueError(f"{folder} has {len(names)} classes, the model {logits.shape[1]}")

@@ -17,7 +17,7 @@ from lace_loss import ext
 from lace_loss.ext.torch import lace_loss
 
 from .config import Config, TrainError
-from .data import Data, crop, draws, flip, normalised
+from .data import Data, crop, draw, flip, normalised
 from .model import logits_of, network
 from .probabilities import qualities
 from .runs import Run
@@ -52,7 +52,7 @@ class Training:
         self.momentum = [torch.zeros_like(p) for p in self.model.parameters()]
         for p, buffer in zip(self.model.parameters(), self.momentum, strict=True):
             self.optimizer.state[p]["momentum_buffer"] = buffer
-        self.order, self.offsets, self.flips = (values.to(device) for values in draws(config.seed, 0, n, config.pad))
+        self.order, self.offsets, self.flips = (values.to(device) for values in draw(config.seed, 0, n, config.pad))
         self.batches = torch.split(torch.arange(n, device=device), config.batch)
         self.losses, self.grad_norms = torch.zeros(2, len(self.batches), device=device)
         self.ranks = torch.zeros(n, dtype=torch.int64, device=device)
@@ -64,7 +64,7 @@ class Training:
     def begin(self, epoch: int) -> None:
         """Draw the epoch's order, crops and flips."""
         self.epoch = epoch
-        drawn = draws(self.config.seed, epoch, len(self.order), self.config.pad)
+        drawn = draw(self.config.seed, epoch, len(self.order), self.config.pad)
         for buffer, values in zip((self.order, self.offsets, self.flips), drawn, strict=True):
             buffer.copy_(values)
         self.ranks.zero_()

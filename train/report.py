@@ -48,7 +48,7 @@ def report(paths: list[Path], as_json: bool = False) -> list[dict[str, Any]]:
         print(json.dumps({"groups": summaries, "pictures": [str(p) for p in pictures if finished]}, indent=2))
     else:
         texts = [markdown(summary) for summary in summaries]
-        print("\n\n".join(texts + [wrapped(f"Pictures: {pictures[0]}, {pictures[1]}")] * bool(finished)))
+        print("\n\n".join(texts + [wrap(f"Pictures: {pictures[0]}, {pictures[1]}")] * bool(finished)))
     return summaries
 
 
@@ -67,7 +67,7 @@ def markdown(summary: dict[str, Any]) -> str:
     """What finished runs gave, how far the plan is, what keeps it from being the paper's experiment."""
     recipe, named = summary["recipe"], f"{summary['design']}, " if summary["design"] else ""
     lines = [f"### {named}{summary['data']}: width {recipe['width']}, {recipe['epochs']} epochs, {recipe['precision']}"]
-    lines += ["", wrapped(summary["standing"])]
+    lines += ["", wrap(summary["standing"])]
     if summary["arms"]:
         lines += ["", "Figures of the last epoch: mean ± standard deviation over the seeds.", ""]
         lines += means(summary)
@@ -87,24 +87,24 @@ def what_was_seen(summary: dict[str, Any]) -> str:
     text = f"Seen: a mean {name} test error of {' and '.join(by_arm)}"
     if declared := summary["differences"].get(DECLARED):
         if (interval := declared[metric]["welch"]["interval"]) is None:
-            return wrapped(f"{text}; these seeds give no interval for the difference.")
+            return wrap(f"{text}; these seeds give no interval for the difference.")
         low, high = interval
         text += f"; the 95 % interval of the difference, {low:+.2f} to {high:+.2f} points,"
         if low <= 0 <= high:
             text += " holds 0: undecided"
         else:
             text += " excludes 0" + ("" if summary["complete"] else ", but there is no finished plan: no conclusion")
-    return wrapped(f"{text}.")
+    return wrap(f"{text}.")
 
 
-def wrapped(text: str, **more: Any) -> str:
+def wrap(text: str, **more: Any) -> str:
     bound = text.replace(" %", "\xa0%")
     filled = textwrap.fill(bound, COLUMNS, break_long_words=False, break_on_hyphens=False, **more)
     return filled.replace("\xa0", " ")
 
 
 def item(text: str) -> str:
-    return wrapped(f"- {text}", subsequent_indent="  ")
+    return wrap(f"- {text}", subsequent_indent="  ")
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -136,7 +136,7 @@ def mean_and_sd(arm: dict[str, Any], metric: str) -> str:
     return f"{mean:{form}}" if sd is None else f"{mean:{form}} ± {sd:{form}}"
 
 
-def signed(difference: dict[str, Any], metric: str = PRIMARY) -> str:
+def with_interval(difference: dict[str, Any], metric: str = PRIMARY) -> str:
     """A difference with its sign, and its interval where it has one."""
     if difference["mean"] is None:
         return "-"
@@ -169,7 +169,7 @@ def means(summary: dict[str, Any]) -> list[str]:
             # Without LACE's strength the class probabilities are the softmax.
             if row[0] in arm and not (name == "CE" and said.startswith("prob")):
                 rows.append([f"{name} {said}", *(mean_and_sd(arm, metric) for metric in row)])
-    lines += ["", wrapped(SCALED), "", *table(["test images", "NLL", "calibration, %", "Brier score"], rows)]
+    lines += ["", wrap(SCALED), "", *table(["test images", "NLL", "calibration, %", "Brier score"], rows)]
     seeds = sorted({seed for arm in by_arm.values() for seed in arm["seeds"]})
     by_seed = [dict(zip(arm["seeds"], arm[PRIMARY]["values"], strict=True)) for arm in by_arm.values()]
     rows = [[seed, *(f"{errors[seed]:.2f}" if seed in errors else "" for errors in by_seed)] for seed in seeds]
@@ -185,20 +185,20 @@ def differences(summary: dict[str, Any]) -> list[str]:
         analyses = [("Welch, points (declared)", primary["welch"])]
         analyses += [(f"paired by seed, points, {primary['paired']['seeds']} seeds", primary["paired"])]
         analyses += [("Welch, ratio of the errors - 1, %", primary["ratio"])] if primary["ratio"] else []
-        rows = [[name, signed(f), "" if f["p"] is None else f"{f['p']:.2g}"] for name, f in analyses]
+        rows = [[name, with_interval(f), "" if f["p"] is None else f"{f['p']:.2g}"] for name, f in analyses]
         lines += ["", *table([f"{DECLARED}, top-5 test error", "95 % interval", "p"], rows)]
         errors = [m for m in summary["metrics"] if m.endswith("_error") and m != PRIMARY and m.count(".") == 1]
         errors = [m for m in errors if m != "test.calibration_error"]
-        rows = [[title(m), signed(declared[m]["welch"], m)] for m in errors]
+        rows = [[title(m), with_interval(declared[m]["welch"], m)] for m in errors]
         rows += [
-            [f"{what}, {said}", signed(declared[metric]["welch"], metric)]
+            [f"{what}, {said}", with_interval(declared[metric]["welch"], metric)]
             for said, row in CALIBRATION.items()
             for what, metric in zip(("NLL", "calibration, %", "Brier score"), row, strict=True)
             if metric in declared
         ]
         lines += ["", *table([f"{DECLARED}, without a claim", "Welch, 95 %"], rows)]
     if pairs:
-        rows = [[p, *(signed(f[PRIMARY][how]) for how in ("welch", "paired"))] for p, f in pairs.items()]
+        rows = [[p, *(with_interval(f[PRIMARY][how]) for how in ("welch", "paired"))] for p, f in pairs.items()]
         lines += ["", "Beside the plan, top-5 test error, not corrected for several pairs:", ""]
         lines += table(["", "Welch, 95 %", "paired, 95 %"], rows)
     return lines
@@ -239,12 +239,13 @@ def remarks(summary: dict[str, Any]) -> list[str]:
 def conclusions(summary: dict[str, Any]) -> list[str]:
     """Verdict of a complete study, what it excludes, and the effects that were declared."""
     primary, gap = summary["differences"][DECLARED][PRIMARY], PAPER["CE"] - PAPER["LACE"]
+    text = f"Top-5 error, {DECLARED}: {with_interval(primary['welch'])} points"
     if primary["welch"]["interval"] is None:
-        return [f"Top-5 error, {DECLARED}: {signed(primary['welch'])} points: undecided, the seeds have no spread."]
+        return [f"{text}: undecided, the seeds have no spread."]
     (low, high), (a, b) = primary["welch"]["interval"], PAIR
     word = f"{b} has the smaller error" if low > 0 else f"{a} has the smaller error" if high < 0 else "undecided"
     lines = [
-        f"Top-5 error, {DECLARED}: {signed(primary['welch'])} points, p = {primary['welch']['p']:.2g}: {word}.",
+        f"{text}, p = {primary['welch']['p']:.2g}: {word}.",
         f"Excluded: differences above {high:+.2f} and below {low:+.2f} points. The paper's {gap:.1f} points are"
         f" {'not ' if low <= gap <= high else ''}excluded.",
     ]

@@ -142,7 +142,7 @@ class Run:
         if is_first_process():
             store.write_logits(self.record_path, logits.numpy(), self.data.test_labels.cpu().numpy())
             store.write_record(self.record_path, self.header, self.log, last_line)
-            store.previous(self.checkpoint_path).unlink(missing_ok=True)
+            store.previous_generation(self.checkpoint_path).unlink(missing_ok=True)
         errors = f"top-1 error {last_line['top1_error']:.2f} %, top-5 {last_line['top5_error']:.2f} %"
         self.say(f"{errors}, {last_line['seconds']:.0f} s")
 

@@ -33,7 +33,7 @@ from torch.backends.cpu import get_cpu_capability as cpu_capability
 from .config import Config, TrainError
 from .data import Data
 from .processes import is_out_of_memory
-from .schema import IDENTITY, Kind, Record, parsed, require
+from .schema import IDENTITY, Kind, Record, parse_record, require
 
 
 def is_dense(value: Any) -> bool:
@@ -151,7 +151,7 @@ def record_lines(path: Path) -> tuple[Record, list[Record], Record]:
     """
     if not path.is_file():  # a device or a pipe may have no end
         raise TrainError(f"{path} is not a file")
-    return parsed(path, path.read_bytes())
+    return parse_record(path, path.read_bytes())
 
 
 def read_record(path: Path) -> Record:
@@ -167,7 +167,7 @@ def write_logits(record_path: Path, logits: np.ndarray, target: np.ndarray) -> N
     write(record_path.with_suffix(".logits.npz"), buffer.getvalue())
 
 
-def previous(path: Path) -> Path:
+def previous_generation(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
@@ -175,7 +175,7 @@ def save_checkpoint(path: Path, state: Record) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    write(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content, keep=previous(path))
+    write(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content, keep=previous_generation(path))
 
 
 def load_checkpoint(path: Path, device: torch.device) -> Record | None:
@@ -184,12 +184,12 @@ def load_checkpoint(path: Path, device: torch.device) -> Record | None:
     Raises TrainError where every generation is damaged, or one is whole but no checkpoint.
     """
     damaged: list[Path] = []
-    for file in (path, previous(path)):
+    for file in (path, previous_generation(path)):
         if not file.exists():
             continue
         digest, _, content = file.read_bytes().partition(b"\n")
         if hashlib.sha256(content).hexdigest().encode() == digest:
-            state = unpacked(file, content, device)
+            state = unpack_checkpoint(file, content, device)
             for bad in damaged:
                 print(f"{bad} is damaged: going back to {file}", file=sys.stderr)
                 bad.unlink()  # or the next save would put it in the place of the good one
@@ -200,7 +200,7 @@ def load_checkpoint(path: Path, device: torch.device) -> Record | None:
     return None
 
 
-def unpacked(path: Path, content: bytes, device: torch.device) -> Record:
+def unpack_checkpoint(path: Path, content: bytes, device: torch.device) -> Record:
     """Read what `save_checkpoint` was given. Raises TrainError for content of another meaning."""
     wrong = f"{path} is whole (SHA-256 is right), but not a checkpoint"
     try:
@@ -216,7 +216,7 @@ def unpacked(path: Path, content: bytes, device: torch.device) -> Record:
         text = record_text(state["header"], *state["log"])
     except (TypeError, ValueError, RecursionError) as error:
         raise TrainError(f"{wrong}: header and log are not those of a record: {error}") from error
-    header, log, final = parsed(f"{path}, header and log", text)
+    header, log, final = parse_record(f"{path}, header and log", text)
     if final:
         raise TrainError(f"{wrong}: its log has the last line of a record")
     return state | {"header": header, "log": log}

@@ -104,11 +104,11 @@ def summarise(records: list[Record]) -> dict[str, Any]:
         "classes": first["classes"],
         "recipe": recipe,
         "design": design.name if design else None,
-        **standing(design, by_arm),
+        **plan_progress(design, by_arm),
         "metrics": shown,
         "arms": by_arm,
         "differences": {f"{a} - {b}": {m: difference(by_arm[a], by_arm[b], m) for m in shown} for a, b in pairs},
-        "power": powers(by_arm, design.n) if design else None,
+        "power": declared_power(by_arm, design.n) if design else None,
         "is_cifar100": is_cifar100,
         "scaled_down": [
             f"{name} {recipe[name]} (paper {paper[name]})"
@@ -117,12 +117,12 @@ def summarise(records: list[Record]) -> dict[str, Any]:
         ],
         "paper_top5_error": PAPER,
         "unfinished": {r["path"]: f"{len(r['epochs_log'])} of {r['epochs']}" for r in records if "final" not in r},
-        "mixed": mixed(finished),
-        "other_devices": {f"{a} and {b}": seeds for a, b in pairs if (seeds := other_devices(by_loss[a], by_loss[b]))},
+        "mixed": mixed_origins(finished),
+        "other_devices": {f"{a} and {b}": seeds for a, b in pairs if (seeds := split_seeds(by_loss[a], by_loss[b]))},
     }
 
 
-def standing(design: Design | None, by_arm: dict[str, Any]) -> dict[str, Any]:
+def plan_progress(design: Design | None, by_arm: dict[str, Any]) -> dict[str, Any]:
     """How far the planned runs are, in words, and whether all of them and no others are finished."""
     if design is None:
         return {"complete": False, "standing": "No plan declares n for this recipe: figures without a conclusion."}
@@ -147,7 +147,7 @@ def difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict[str, A
     return {"welch": welch(x, y), "paired": paired(*by_seed), "ratio": ratio(x, y)}
 
 
-def powers(by_arm: dict[str, Any], n: int) -> dict[str, Any] | None:
+def declared_power(by_arm: dict[str, Any], n: int) -> dict[str, Any] | None:
     """Power for the paper's difference and for its ratio, with the spread that is seen; None where there is none."""
     errors = [np.array(by_arm[name][PRIMARY]["values"]) for name in PAIR if name in by_arm]
     if len(errors) < 2 or not all(map(has_spread, errors)) or min(x.min() for x in errors) <= 0:
@@ -158,7 +158,7 @@ def powers(by_arm: dict[str, Any], n: int) -> dict[str, Any] | None:
     return {"n": n, "sd": spreads[0], "points": points, "ratio": relative}
 
 
-def mixed(records: list[Record]) -> dict[str, dict[str, int]]:
+def mixed_origins(records: list[Record]) -> dict[str, dict[str, int]]:
     """What differs between the machines and programs that made these records, and how many records have which."""
     origins = []
     for record in records:
@@ -175,7 +175,7 @@ def mixed(records: list[Record]) -> dict[str, dict[str, int]]:
     return {name: values for name, values in counts.items() if len(values) > 1}
 
 
-def other_devices(a: list[Record], b: list[Record]) -> list[int]:
-    """Seeds whose two runs are of different kinds of machines."""
+def split_seeds(a: list[Record], b: list[Record]) -> list[int]:
+    """Seeds whose two runs come from different kinds of machines."""
     devices = {record["seed"]: record["device"] for record in b}
     return [r["seed"] for r in a if r["seed"] in devices and r["device"] != devices[r["seed"]]]
