@@ -57,3 +57,10 @@ POSTERIOR_CANCELLED = 2.0**-90
 
 # scipy's softmax relative to the exact one, times 2^-53 (C + n): as LOG_SOFTMAX, whose error is this one's logarithm.
 SOFTMAX = LOG_SOFTMAX
+
+# Probabilities at a minimum of scipy's BFGS: it stops where the gradient is below 1e-9, or where the loss, which
+# is flat there, no longer changes in float64: about sqrt(2^-52) away.
+MINIMUM = 2e-6
+
+# Constants of ref/THEORY.md, given with so many digits: half a unit of the last one.
+ROUNDED_4, ROUNDED_6 = 0.5e-4, 0.5e-6
