@@ -462,7 +462,7 @@ REALS = {"f32": np.float32, "f64": np.float64}
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 @pytest.mark.parametrize("k", [1, 2, 13, 700])
 def test_targets_in_several_classes_are_those_of_the_reference_in_every_layout(k, kind, dtype, library):
-    """Also without a gradient, with the same bits of the loss; with room between lines; where the largest logit ties."""
+    """Without a gradient, too, with the same bits of the loss; with room between lines; where the largest logit ties."""
     rng = np.random.default_rng(k)
     n, real, function = 70, REALS[dtype], getattr(library, f"lace_{kind}_{dtype}")
     z = (4 * rng.normal(size=(n, k))).astype(real)
@@ -473,12 +473,8 @@ def test_targets_in_several_classes_are_those_of_the_reference_in_every_layout(k
     target = rng.integers(0, k, n)
     target[5] = -100
     unit = np.finfo(real).eps / 2
-    for soft, weight, smoothing, strength in (
-        (y, None, 0, 1),
-        (y, w, 0.25, 0.5),
-        (None, None, 0.125, 1),
-        (None, w, 1, 0.25),
-    ):
+    cases = [(y, None, 0, 1), (y, w, 0.25, 0.5), (None, None, 0.125, 1), (None, w, 1, 0.25)]
+    for soft, weight, smoothing, strength in cases:
         at, kept = options(dtype, weight, smoothing, strength)
         lines = [None if a is None else np.ascontiguousarray(a.T if kind == "columns" else a) for a in (z, soft)]
         given = {"logits": lines[0], "soft_target": lines[1], "target": target, "n": n, "k": k, "options": at}
