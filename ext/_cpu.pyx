@@ -43,6 +43,7 @@ cdef extern from "lace.h" nogil:
         float *probability
         int64_t *rank
         float *confidence
+        size_t soft_target_stride
 
     ctypedef struct lace_args_f64:
         double *loss
@@ -59,6 +60,7 @@ cdef extern from "lace.h" nogil:
         double *probability
         int64_t *rank
         double *confidence
+        size_t soft_target_stride
 
     enum:
         LACE_NULL
@@ -282,12 +284,12 @@ cdef class KernelCall:
             self.f32 = lace_args_f32(<float *> self.loss, <float *> g, <float *> z, self.target, <float *> y,
                                      <float *> scale, step, n, k, stride, plane_size, &self.options_f32,
                                      <float *> written[0], <float *> written[1], <Integers> written[2],
-                                     <float *> written[3])
+                                     <float *> written[3], plane_size)
         else:
             self.f64 = lace_args_f64(<double *> self.loss, <double *> g, <double *> z, self.target, <double *> y,
                                      <double *> scale, step, n, k, stride, plane_size, &self.options_f64,
                                      <double *> written[0], <double *> written[1], <Integers> written[2],
-                                     <double *> written[3])
+                                     <double *> written[3], plane_size)
         if not mean:
             self.divisor = divisor
         with nogil:

@@ -103,8 +103,7 @@ typedef struct {
     float *gradient;          /* matrix, written; NULL: it is not computed */
     const float *logits;      /* matrix; may not overlap what is written */
     const int64_t *target;    /* n class indices in [0, k) or ignore_index; not read if there is a soft_target */
-    const float *soft_target; /* matrix of target probabilities, without room between its rows; NULL: there are none.
-                               * lace_columns_ does not look at it. */
+    const float *soft_target; /* matrix of target probabilities; NULL: there are none */
     const float *scale;       /* factors for the rows of the gradient, not of the loss; NULL: 1 */
     size_t scale_step;        /* values from a factor to the next row's; 0: one factor serves all rows */
     size_t n;                 /* rows; 0: nothing is done */
@@ -112,7 +111,7 @@ typedef struct {
     ptrdiff_t logits_stride;  /* values from where a line starts to the next one, negative where lines run backwards; 0:
                                * they lie side by side */
     size_t gradient_stride;   /* the same of the gradient; what lies between its lines is not written */
-    const lace_options_f32 *options; /* NULL: LACE_DEFAULTS. lace_columns_ does not look at label_smoothing. */
+    const lace_options_f32 *options; /* NULL: LACE_DEFAULTS */
 
     /* What else is known of a row with class t: n values, written; NULL: it is not computed. An ignored row has 0, 0, k
      * and 0. Not written by lace_columns_, nor if there is a soft_target. */
@@ -120,6 +119,8 @@ typedef struct {
     float *probability;       /* q_t */
     int64_t *rank;            /* classes that come before t in the order of falling logits, equal ones by index */
     float *confidence;        /* the largest probability of the row */
+
+    size_t soft_target_stride; /* as gradient_stride, of the soft target */
 } lace_args_f32;
 
 typedef struct {
@@ -139,6 +140,7 @@ typedef struct {
     double *probability;
     int64_t *rank;
     double *confidence;
+    size_t soft_target_stride;
 } lace_args_f64;
 
 /* Loss and gradient of n rows. Returns LACE_DONE or what is wrong, see above. */
