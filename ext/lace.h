@@ -12,6 +12,8 @@
  *         lace_row_f32(NULL, NULL, &totals, logits, target, 10);
  *     mean = totals.loss.high / totals.count;    correct = totals.top[0];
  *
+ * lace_labels.c, which needs them too, does the same for labels that are present or absent, each by itself.
+ *
  * With all options, many rows at once: copy lace.h, lace_math.h, lace_rows.h, lace_columns.h, lace_binary.h and lace_f32.c
  * for float, lace_f64.c for double. In C:
  *     float logits[2][3] = {{1, 4, 2}, {0, 5, 0}}, loss[2], gradient[2][3];
@@ -69,9 +71,9 @@ typedef struct {
  * Returns LACE_DONE, 1 if the target is no class, or another of the codes above. */
 int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const float *logits, size_t target, size_t k);
 
-/* The same for k labels that are present or absent, each by itself: k losses and k values of the gradient, k labels added to
- * the totals. label[j] is 1 where label j is present, else 0. totals.top[0] counts those whose logit has the right sign; 0 is
- * an absent label's. Returns LACE_DONE or LACE_NULL. */
+/* The same, in lace_labels.c, for k labels that are present or absent, each by itself: k losses and k values of the gradient,
+ * k labels added to the totals. label[j] is 1 where label j is present, else 0. totals.top[0] counts those whose logit has
+ * the right sign: 0 is an absent label's, NaN is never right. Returns LACE_DONE or LACE_NULL. */
 int lace_labels_f32(float *loss, float *gradient, lace_totals_f32 *totals, const float *logits, const uint8_t *label,
                     size_t k);
 

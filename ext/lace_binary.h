@@ -139,10 +139,10 @@ typedef struct {
 static void load_labels(Labels *x, const BinaryArgs *args, size_t i, size_t count)
 {
     const Real *z = args->logits + i;
-    const double scale = args->scale && !args->scale_step ? (double)args->scale[0] : 1;
+    const double scale = args->scale && !args->scale_step ? (double)args->scale[0] : 1, zero = (double)opaque_zero();
     double present[BLOCK], absent[BLOCK];
     if (args->target)
-        for (size_t l = 0; l < count; l++) present[l] = (double)args->target[i + l];
+        for (size_t l = 0; l < count; l++) present[l] = (double)args->target[i + l] - zero;
     else
         for (size_t l = 0; l < count; l++) present[l] = (double)args->label[i + l];
     for (size_t l = 0; l < count; l++) {
@@ -156,7 +156,7 @@ static void load_labels(Labels *x, const BinaryArgs *args, size_t i, size_t coun
             absent[l] *= w;
         }
     if (args->scale && args->scale_step)
-        for (size_t l = 0; l < count; l++) x->slope_scale[l] = (double)args->scale[(i + l) * args->scale_step];
+        for (size_t l = 0; l < count; l++) x->slope_scale[l] = (double)args->scale[(i + l) * args->scale_step] - zero;
     for (size_t l = 0; l < count; l++) {
         const double value = (double)z[l], size = value < 0 ? -value : value;
         x->size[l] = size > (double)LARGEST ? (double)LARGEST : size;
@@ -198,6 +198,7 @@ static void solve_labels(Labels *x, double strength, size_t count)
 
 int64_t NAME(lace_binary)(const BinaryArgs *args)
 {
+    const Real zero = opaque_zero();
     if (!args) return LACE_NULL;
     if ((args->weight || args->pos_weight) && args->k == 0) return LACE_SIZE;
     if (args->n > SIZE_MAX / sizeof(Real)) return LACE_SIZE;
@@ -214,7 +215,7 @@ int64_t NAME(lace_binary)(const BinaryArgs *args)
                 args->loss[i + l] = z[l] > LARGEST || z[l] < -LARGEST ? loss * LARGEST * LARGEST : loss;
             }
         if (args->gradient)
-            for (size_t l = 0; l < count; l++) args->gradient[i + l] = (Real)x.slope[l];
+            for (size_t l = 0; l < count; l++) args->gradient[i + l] = (Real)x.slope[l] - zero;
     }
     return LACE_DONE;
 }
