@@ -160,21 +160,25 @@ def _factors(
     weight: ArrayLike | None, pos_weight: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> tuple[Array | None, Array | None, int]:
     """Both for the labels of a row, and how many a row has: those of the last axes, which all other axes repeat."""
-    factors, axes = list[Array | None](), 0
+    given = list[Array | None]()
     for name, values in (("weight", weight), ("pos_weight", pos_weight)):
-        given = None if values is None else _numbers(name, values, dtype)
-        factors.append(given)
-        if given is None:
+        factors = None if values is None else _numbers(name, values, dtype)
+        given.append(factors)
+        if factors is None:
             continue
         try:
-            np.broadcast_to(given, shape)
+            np.broadcast_to(factors, shape)
         except ValueError:
-            raise ValueError(f"{name} must broadcast to the logits' shape {shape}, got {given.shape}") from None
-        differing = [given.ndim - axis for axis, length in enumerate(given.shape) if length > 1]
-        axes = max([axes, *differing])
-    row = shape[len(shape) - axes :]
-    w, p = (None if given is None else _of_last_axes(given, row) for given in factors)
+            raise ValueError(f"{name} must broadcast to the logits' shape {shape}, got {factors.shape}") from None
+    row = row_of([factors.shape for factors in given if factors is not None], shape)
+    w, p = (None if factors is None else _of_last_axes(factors, row) for factors in given)
     return w, p, math.prod(row)
+
+
+def row_of(shapes: list[tuple[int, ...]], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The last axes of `shape`: as many as factors of these shapes differ along."""
+    axes = [len(factors) - axis for factors in shapes for axis, length in enumerate(factors) if length > 1]
+    return shape[len(shape) - max(axes, default=0) :]
 
 
 def _of_last_axes(values: Array, row: tuple[int, ...]) -> Array:
