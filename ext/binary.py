@@ -177,7 +177,7 @@ def _factors(
 
 def row_of(shapes: list[tuple[int, ...]], shape: tuple[int, ...]) -> tuple[int, ...]:
     """The last axes of `shape`: as many as factors of these shapes differ along."""
-    axes = [len(factors) - axis for factors in shapes for axis, length in enumerate(factors) if length > 1]
+    axes = [len(factors) - axis for factors in shapes for axis, length in enumerate(factors) if length != 1]
     return shape[len(shape) - max(axes, default=0) :]
 
 

@@ -38,9 +38,9 @@ def _labels(input, target, weight, pos_weight, place, j, exists, strength, rest)
         w = tl.load(weight + j, mask=exists, other=0)
         present *= w
         absent *= w
-    size = tl.abs(z)
+    size = tl.where(z > 0, z, -z)
     high, low = _exp_of_row(-size, 0.0)
-    e = tl.where(z != z, z, high + low)
+    e = high + low  # NaN of NaN
     part = e * 2.0**-64
     large, log = tl.div_rn(1.0, 1.0 + part), _log1p(part)
     small = e * large

@@ -200,7 +200,7 @@ int64_t NAME(lace_binary)(const BinaryArgs *args)
 {
     const Real zero = opaque_zero();
     if (!args) return LACE_NULL;
-    if ((args->weight || args->pos_weight) && args->k == 0) return LACE_SIZE;
+    if (args->n > 0 && args->k == 0 && (args->weight || args->pos_weight)) return LACE_SIZE;
     if (args->n > SIZE_MAX / sizeof(Real)) return LACE_SIZE;
     if (args->n > 0 && !(args->logits && (args->target || args->label))) return LACE_NULL;
     for (size_t i = 0; i < args->n; i += BLOCK) {

@@ -123,6 +123,10 @@ def test_weights_of_any_shape_that_broadcasts_count_as_in_ref():
             options = {"weight": rng.uniform(size=first), "pos_weight": rng.uniform(size=second)}
             got = ext.binary_forward(z, y, reduction="none", **options)
             assert np.allclose(got, ref.binary_forward(z, y, reduction="none", **options), rtol=1e-14)
+    for none in ((0, 3), (3, 0)):
+        for shape in ((), (1,), none, none[1:], (none[0], 1)):
+            options = {"weight": np.ones(shape), "reduction": "sum"}
+            assert ext.binary_forward(np.zeros(none), np.zeros(none), **options) == 0
 
 
 def test_the_gradient_goes_where_it_is_told():

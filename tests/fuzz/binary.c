@@ -93,7 +93,8 @@ static void read_call(Call *c, Input *in)
 static int64_t expected(const Call *c)
 {
     const Array *a = c->arrays;
-    if ((c->k == 0 && (a[WEIGHT].given || a[POS_WEIGHT].given)) || c->n > SIZE_MAX / c->width) return LACE_SIZE;
+    if (c->n > SIZE_MAX / c->width) return LACE_SIZE;
+    if (c->n > 0 && c->k == 0 && (a[WEIGHT].given || a[POS_WEIGHT].given)) return LACE_SIZE;
     if (c->n > 0 && !(a[LOGITS].given && (a[TARGET].given || a[LABEL].given))) return LACE_NULL;
     return LACE_DONE;
 }
