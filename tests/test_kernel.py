@@ -60,6 +60,18 @@ def test_the_logarithm_is_the_fit_it_claims_to_be(which, dtype, terms, error):
     assert off < error
 
 
+@pytest.mark.parametrize(("which", "terms", "error"), [(0, 5, 2.0**-31), (1, 10, 2.0**-57)])
+def test_the_logarithm_of_labels_is_the_fit_it_claims_to_be(which, terms, error):
+    text = (EXT / "lace_binary.h").read_text().replace("\\\n", "")
+    found = re.findall(r"^#define LOG_TO_2 +\{(.*?)\}", text, re.M)[which]
+    largest = mpmath.mpf("1.01") / 9
+    expected, off = fitted(
+        lambda x: sum(2 * x**k / (2 * k + 3) for k in range(90)), mpmath.mpf(0), largest, terms, np.float64
+    )
+    assert [float(number) for number in found.split(",")] == expected
+    assert off * largest / 2 < error  # it is multiplied by s^2 and added to 2
+
+
 @pytest.mark.parametrize(("which", "dtype", "largest_exponent"), [(0, np.float32, 169), (1, np.float64, 1094)])
 def test_log_2_comes_apart_so_that_its_multiples_are_exact(which, dtype, largest_exponent):
     (high,), (low,) = constants()["LN2_HIGH"][which], constants()["LN2_LOW"][which]

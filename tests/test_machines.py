@@ -11,9 +11,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from lace_loss.ref.__main__ import main as ref
+from lace_loss import ref
+from lace_loss.ref.__main__ import main as check
 from lace_loss.ref.case import VECTORS, read
 
 EXT = Path(__file__).parent.parent / "ext"
@@ -143,6 +145,15 @@ static void mix(uint64_t bits) { hash = (hash ^ bits) * 1099511628211u; }
                     memcpy(&bits, i < N ? &loss[i] : &g[i - N], sizeof bits);                                       \
                     mix(bits);                                                                                      \
                 }                                                                                                   \
+                lace_binary_args_##suffix b = {.loss = loss, .gradient = g, .logits = z, .target = y, .n = N,       \
+                                               .k = k, .strength = o.strength};                                     \
+                b.weight = o.weight;                                                                                \
+                lace_binary_##suffix(&b);                                                                           \
+                for (size_t i = 0; i < 2 * N; i++) {                                                                \
+                    integer bits;                                                                                   \
+                    memcpy(&bits, i < N ? &loss[i] : &g[i - N], sizeof bits);                                       \
+                    mix(bits);                                                                                      \
+                }                                                                                                   \
                 a.gradient = NULL;                                                                                  \
                 a.soft_target = NULL;                                                                               \
                 a.cross_entropy = g;                                                                                \
@@ -244,7 +255,7 @@ def test_the_golden_vectors_hold(machine, program, vectors_program):
         pytest.skip("no x86-64 with fused multiply-add, or no /proc/cpuinfo that says so")
     command, dtype, levels = vectors_program(machine, program)
     words = " ".join(map(str, command))
-    assert ref(["check", "--command", words, "--dtypes", dtype, "--levels", *levels]) == 0
+    assert check(["check", "--command", words, "--dtypes", dtype, "--levels", *levels]) == 0
 
 
 def answers(command, dtype, level):
@@ -300,6 +311,65 @@ int main(void)
     return totals.count != ROWS;
 }
 """
+
+
+# Bytes of code and of stack of lace_labels.c with -Os, gcc 12.2, beside those of lace_row.c.
+LABELS_SIZES = {"cortex-m0": (154, 64), "cortex-m4": (176, 72), "cortex-m55": (176, 72)}
+
+# Labels in turns present and absent; its status is the number of the first whose loss or gradient is off.
+LABELS = r"""
+#include "lace.h"
+int main(void);
+static int near(float found, float exact) /* 4 ulp and the rounding of `exact` */
+{
+    const float off = found - exact, room = 4.5f * 1.1920929e-7f * exact;
+    return (off < 0 ? -off : off) <= (room < 0 ? -room : room);
+}
+int main(void)
+{
+    static const float logits[] = {LOGITS}, losses[] = {LOSSES}, slopes[] = {SLOPES};
+    enum { N = sizeof logits / sizeof *logits };
+    static uint8_t label[N];
+    static float loss[N], gradient[N];
+    static lace_totals_f32 totals;
+    for (int i = 0; i < N; i++) label[i] = i % 2 == 0;
+    if (lace_labels_f32(loss, gradient, &totals, logits, label, N) != LACE_DONE) return 101;
+    if (totals.count != N || totals.top[0] != RIGHT) return 102;
+    for (int i = 0; i < N; i++)
+        if (!near(loss[i], losses[i]) || !near(gradient[i], slopes[i])) return 1 + i;
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("machine", ["here", *CORTEX, *LINUX, "wasm32"])
+def test_a_row_of_labels_is_right_on_every_machine(machine, tmp_path):
+    logits = np.array([0, 2.5, -1, -8, 17, 17, -20, 12, 0.01, -30], np.float32)
+    label = np.arange(len(logits)) % 2 == 0
+    program = LABELS
+    for name, values in (
+        ("LOGITS", logits),
+        ("LOSSES", ref.binary_forward(logits, label, reduction="none")),
+        ("SLOPES", ref.binary_backward(logits, label, reduction="sum")),
+    ):
+        program = program.replace(name, ", ".join(f"{value:.9e}f" for value in values))
+    program = program.replace("RIGHT", str(np.count_nonzero((logits > 0) == label)))
+    sources = [written(tmp_path, program), EXT / "lace_labels.c", EXT / "lace_row.c"]
+    assert subprocess.run(built(tmp_path, machine, "-Os", *STRICT, *sources), timeout=300).returncode == 0
+
+
+@pytest.mark.parametrize("machine", CORTEX)
+def test_a_row_of_labels_is_small(machine, tmp_path):
+    arm_gcc_12()
+    labels = tmp_path / "labels.o"
+    command = [*compiler(machine), *FLAGS, "-Os", "-fstack-usage", "-c", EXT / "lace_labels.c", "-o", labels]
+    subprocess.run(command, check=True)
+    text, data, bss = map(int, output(["arm-none-eabi-size", labels]).split("\n")[1].split()[:3])
+    stack = int((tmp_path / "labels.su").read_text().split("\t")[1])
+    print(f"{machine}: {text} bytes of code, {stack} of stack beside lace_row.c")
+    assert text <= LABELS_SIZES[machine][0]
+    assert stack <= LABELS_SIZES[machine][1]
+    assert data == bss == 0
 
 
 def arm_gcc_12():

@@ -138,13 +138,13 @@ const char *wrong_row(const Row *row, const Results *found, double losses[2])
     const Wide least = smallest(width), unit = ldexpq(1, width == 4 ? -24 : -53), size = fabsq(row->scale);
     const Wide ulps = soft ? 1 : row->weight ? ULP_WEIGHTED : ULP;
     /* Exponentials below 2^-18 of the smallest subnormal number count as 0 (SMALLEST in lace_math.h), at worst k. */
-    const Wide gone = size * x.mass * (Wide)row->k * least * 0x1p-18q;
+    const Wide gone = x.mass * (Wide)row->k * least * 0x1p-18q;
     const Wide underflow = (soft ? (Wide)row->k + 2 : UNDERFLOW) * least;
-    const Wide loss_more = (soft ? ROUNDINGS_LOSS * unit * x.size_of_loss : 0) + underflow + x.lost_loss;
-    const Wide more = UNDERFLOW * least + gone + size * x.lost;
+    const Wide loss_more = (soft ? ROUNDINGS_LOSS * unit * x.size_of_loss : 0) + underflow + gone + x.lost_loss;
+    const Wide more = UNDERFLOW * least + size * (gone + x.lost);
     /* Terms of both signs may overflow before they are all added. */
-    const int any_loss = x.signs == 3 && x.size_of_loss > largest(width);
-    const char *wrong = any_loss ? NULL : unless_near("loss", 0, found->loss, x.loss, ulps, loss_more, width);
+    const int any_loss = !found->loss || (x.signs == 3 && x.size_of_loss > largest(width));
+    const char *wrong = any_loss ? NULL : unless_near("loss", 0, *found->loss, x.loss, ulps, loss_more, width);
     for (size_t j = 0; !wrong && found->gradient && j < row->k; j++)
         wrong = unless_near("gradient", j, found->gradient[j], x.gradient[j], ulps,
                             more + (soft ? size * ROUNDINGS_GRADIENT * unit * x.terms[j] : 0), width);

@@ -35,7 +35,7 @@ static int64_t result_of(const lace_build *build, const Call *c)
 
 static const lace_build *build(size_t which)
 {
-    static const lace_build own = {"own", lace_rows_f32, lace_columns_f32, lace_rows_f64, lace_columns_f64};
+    static const lace_build own = {"own", lace_rows_f32, lace_columns_f32, lace_rows_f64, lace_columns_f64, NULL, NULL};
     if (which == 0) return &own;
 #ifdef ALONE
     return NULL;
@@ -250,7 +250,7 @@ static void check_sample(const Call *c, size_t i)
     const double scale = c->scale.given ? get(&c->scale, c->step * i) : 1;
     const Row row = {c->width, c->k, t, logits, c->probability.given ? probability : NULL,
                      c->weight.given ? weight : NULL, c->smoothing, c->strength, scale};
-    const Results found = {loss, r[GRADIENT].given ? gradient : NULL, described[CROSS_ENTROPY], described[CHANCE],
+    const Results found = {&loss, r[GRADIENT].given ? gradient : NULL, described[CROSS_ENTROPY], described[CHANCE],
                            described[CONFIDENCE]};
     const char *wrong = wrong_row(&row, &found, NULL);
     must(!wrong, "%s %zu, %s, %zu classes, target %zu: logit %a, weight %a, scale %a, strength %a, smoothing %a%s: %s",
