@@ -14,7 +14,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _cpu
 
-__all__ = ["Evaluation", "Options", "Tally", "backward", "evaluate", "forward", "forward_backward"]
+__all__ = [
+    "Evaluation",
+    "Options",
+    "Tally",
+    "backward",
+    "binary_backward",
+    "binary_forward",
+    "binary_forward_backward",
+    "evaluate",
+    "forward",
+    "forward_backward",
+]
 
 Array = NDArray[Any]
 
@@ -79,31 +90,40 @@ def forward_backward(
     threads : at most so many, by default the number of processors. The result does not depend on it.
     """
     z = _logits(logits)
-    if out is None:
-        gradient = np.empty(z.shape, z.dtype)
-    else:
-        if not isinstance(out, np.ndarray):
-            raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
-        flags = out.flags
-        gradient = out if flags.aligned else np.empty(z.shape, z.dtype)
-        if out.shape != z.shape or out.dtype != z.dtype or not flags.writeable:
-            kind = "writable" if flags.writeable else "read-only"
-            raise ValueError(
-                f"out must be a writable {z.dtype} array of shape {z.shape}, "
-                f"got a {kind} {out.dtype} array of shape {out.shape}"
-            )
-        for values in (z, target, grad_output, options.get("weight")):
-            if values is None or type(values) is float:
-                continue
-            if np.may_share_memory(out, values) and _share(out, np.asarray(values)):
-                raise ValueError("out shares memory with an input")
-    if threads is not None and (threads := _integer("threads", threads)) < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    gradient = _result(out, z, (z, target, grad_output, options.get("weight")))
+    threads = _threads(threads)
     loss = _run(z, target, gradient, grad_output, threads, **options)
     if out is None or out is gradient:
         return loss, gradient
     out[...] = gradient
     return loss, out
+
+
+def _result(out: Array | None, z: Array, inputs: tuple[ArrayLike | None, ...]) -> Array:
+    """What a gradient is written to: `out` where it can be."""
+    if out is None:
+        return np.empty(z.shape, z.dtype)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a NumPy array, got {type(out).__name__}")
+    flags = out.flags
+    if out.shape != z.shape or out.dtype != z.dtype or not flags.writeable:
+        kind = "writable" if flags.writeable else "read-only"
+        raise ValueError(
+            f"out must be a writable {z.dtype} array of shape {z.shape}, "
+            f"got a {kind} {out.dtype} array of shape {out.shape}"
+        )
+    for values in inputs:
+        if values is None or type(values) is float:
+            continue
+        if np.may_share_memory(out, values) and _share(out, np.asarray(values)):
+            raise ValueError("out shares memory with an input")
+    return out if flags.aligned else np.empty(z.shape, z.dtype)
+
+
+def _threads(value: int | None) -> int | None:
+    if value is not None and (value := _integer("threads", value)) < 1:
+        raise ValueError(f"threads must be at least 1, got {value}")
+    return value
 
 
 def _run(
@@ -217,7 +237,7 @@ def _no_class(y: Array, place: list[int], first: int, classes: int) -> IndexErro
     return IndexError(f"target{shown} is {y[tuple(place)]}, not a class: 0 to {classes - 1}")
 
 
-def _in_threads(job: _cpu.KernelCall, threads: int | None) -> int:
+def _in_threads(job: _cpu.KernelCall | _cpu.BinaryCall, threads: int | None) -> int:
     """Run the job; the first row whose class does not exist, or -1."""
     parts = job.n * job.k // _LOGITS_WORTH_A_THREAD
     if parts < 2 or (parts := min(threads or os.cpu_count() or 1, parts)) < 2:
@@ -326,4 +346,5 @@ def _classes_last(x: Array) -> Array:
     return np.asarray(x, order="C").reshape(-1, x.shape[-1])
 
 
-from .evaluation import Evaluation, Tally, evaluate  # noqa: E402, it builds on what is above
+from .binary import binary_backward, binary_forward, binary_forward_backward  # noqa: E402, it builds on what is above
+from .evaluation import Evaluation, Tally, evaluate  # noqa: E402

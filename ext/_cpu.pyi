@@ -40,3 +40,26 @@ class KernelCall:
     def losses(self, start: int) -> int: ...
     def run(self, start: int, stop: int) -> int: ...
     def reduce(self, out: Address) -> None: ...
+
+class BinaryCall:
+    n: int
+    k: int
+    def __init__(
+        self,
+        loss: Address | None,
+        gradient: Address | None,
+        logits: Address,
+        target: Address | None,
+        label: Address | None,
+        weight: Address | None,
+        pos_weight: Address | None,
+        grad_outputs: Address | None,
+        count: int,
+        row: int,
+        size: int,
+        strength: float,
+        divisor: float,
+        grad_output: float,
+    ) -> None: ...
+    def run(self, start: int, stop: int) -> int: ...
+    def reduce(self, out: Address) -> None: ...

@@ -10,7 +10,7 @@ from cpython.buffer cimport (
 )
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stddef cimport ptrdiff_t, size_t
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint8_t
 
 import os
 
@@ -43,6 +43,7 @@ cdef extern from "lace.h" nogil:
         float *probability
         int64_t *rank
         float *confidence
+        size_t soft_target_stride
 
     ctypedef struct lace_args_f64:
         double *loss
@@ -59,6 +60,31 @@ cdef extern from "lace.h" nogil:
         double *probability
         int64_t *rank
         double *confidence
+        size_t soft_target_stride
+
+    ctypedef struct lace_binary_args_f32:
+        float *loss
+        float *gradient
+        const float *logits
+        const float *target
+        const uint8_t *label
+        const float *weight
+        const float *pos_weight
+        const float *scale
+        size_t scale_step, n, k, first
+        float strength
+
+    ctypedef struct lace_binary_args_f64:
+        double *loss
+        double *gradient
+        const double *logits
+        const double *target
+        const uint8_t *label
+        const double *weight
+        const double *pos_weight
+        const double *scale
+        size_t scale_step, n, k, first
+        double strength
 
     enum:
         LACE_NULL
@@ -74,6 +100,8 @@ cdef extern from "lace_builds.h" nogil:
         int64_t (*columns_f32)(const lace_args_f32 *) noexcept nogil
         int64_t (*rows_f64)(const lace_args_f64 *) noexcept nogil
         int64_t (*columns_f64)(const lace_args_f64 *) noexcept nogil
+        int64_t (*binary_f32)(const lace_binary_args_f32 *) noexcept nogil
+        int64_t (*binary_f64)(const lace_binary_args_f64 *) noexcept nogil
 
     const lace_build *lace_builds(size_t *count)
 
@@ -282,12 +310,12 @@ cdef class KernelCall:
             self.f32 = lace_args_f32(<float *> self.loss, <float *> g, <float *> z, self.target, <float *> y,
                                      <float *> scale, step, n, k, stride, plane_size, &self.options_f32,
                                      <float *> written[0], <float *> written[1], <Integers> written[2],
-                                     <float *> written[3])
+                                     <float *> written[3], plane_size)
         else:
             self.f64 = lace_args_f64(<double *> self.loss, <double *> g, <double *> z, self.target, <double *> y,
                                      <double *> scale, step, n, k, stride, plane_size, &self.options_f64,
                                      <double *> written[0], <double *> written[1], <Integers> written[2],
-                                     <double *> written[3])
+                                     <double *> written[3], plane_size)
         if not mean:
             self.divisor = divisor
         with nogil:
@@ -392,3 +420,140 @@ cdef class KernelCall:
         else:
             lace_sum_f64(sum, <double *> self.loss, self.n)
             (<double *> to)[0] = (sum[0] + sum[1]) / self.divisor
+
+
+ctypedef fused BinaryArgs:
+    lace_binary_args_f32
+    lace_binary_args_f64
+
+
+cdef void place(BinaryArgs *args, size_t block, size_t count) noexcept nogil:
+    """Go on to a block."""
+    cdef size_t i = block * LABELS
+    args.n = min(count - i, <size_t> LABELS)
+    args.logits += i
+    args.scale += i * args.scale_step
+    if args.gradient is not NULL:
+        args.gradient += i
+    if args.target is not NULL:
+        args.target += i
+    if args.label is not NULL:
+        args.label += i
+    if args.k:
+        args.first = i % args.k
+
+
+cdef enum:
+    LABELS = 4096  # of a block: those losses of float64 that are summed while they are near take 32 KiB
+
+
+cdef class BinaryCall:
+    """Labels in blocks, and what is to be known of them: the arguments of lace_binary_f32 or _f64.
+
+    They are `n` blocks of `k` labels, the last one shorter, where `count` is the number of all labels. Row by row of
+    `row` labels they share the values of `weight` and `pos_weight`. `target` None leaves it to `label`, bytes. `loss`
+    None: only their sum is kept, block by block, so that it does not depend on who computes which. The gradient is
+    multiplied by grad_output / divisor or, if `grad_outputs` is not None, each label's by its factor there.
+    """
+
+    cdef object owners  # of the memory: an interrupt may end the caller while another thread still runs the call
+    cdef lace_binary_args_f32 f32
+    cdef lace_binary_args_f64 f64
+    cdef double *sums  # two of each block
+    cdef readonly size_t n, k
+    cdef size_t count, size
+    cdef double factor, divisor
+    cdef float factor_f32
+
+    def __init__(self, loss, gradient, logits, target, label, weight, pos_weight, grad_outputs,
+                 size_t count, size_t row, size_t size, double strength, double divisor, double grad_output):
+        cdef void *f = address(loss, TO_WRITE)
+        cdef void *g = address(gradient, TO_WRITE)
+        cdef void *z = address(logits, TO_READ)
+        cdef void *y = address(target, TO_READ)
+        cdef void *w = address(weight, TO_READ)
+        cdef void *p = address(pos_weight, TO_READ)
+        cdef void *scale = address(grad_outputs, TO_READ)
+        cdef const uint8_t *label_at = <const uint8_t *> address(label, TO_READ)
+        cdef size_t step = grad_outputs is not None
+        cdef unsigned long long mode
+        self.owners = (loss, gradient, logits, target, label, weight, pos_weight, grad_outputs)
+        self.count, self.size, self.k = count, size, LABELS
+        self.n = (count + LABELS - 1) // LABELS
+        if loss is None:
+            self.sums = <double *> PyMem_RawMalloc((2 * self.n + 1) * sizeof(double))
+            if self.sums is NULL:
+                raise MemoryError(f"no memory for {2 * self.n} sums")
+        with nogil:
+            mode = lace_default_arithmetic()
+            self.divisor, self.factor = divisor, grad_output / divisor
+            self.factor_f32 = <float> self.factor
+            if size == 4:
+                self.f32 = lace_binary_args_f32(<float *> f, <float *> g, <float *> z, <float *> y, label_at, <float *> w,
+                                                <float *> p, <float *> scale, step, 0, row, 0, <float> strength)
+            else:
+                self.f64 = lace_binary_args_f64(<double *> f, <double *> g, <double *> z, <double *> y, label_at,
+                                                <double *> w, <double *> p, <double *> scale, step, 0, row, 0, strength)
+            if not step:
+                self.f32.scale, self.f64.scale = &self.factor_f32, &self.factor
+            lace_restore_arithmetic(mode)
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.sums)
+
+    def run(self, size_t start, size_t stop):
+        """Blocks start to stop; -1, as no label is wrong."""
+        cdef unsigned long long mode
+        cdef int64_t status = 0
+        cdef size_t block
+        with nogil:
+            mode = lace_default_arithmetic()
+            for block in range(start, stop):
+                status = self.run_f32(block) if self.size == 4 else self.run_f64(block)
+                if status != 0:
+                    break
+            lace_restore_arithmetic(mode)
+        if status:
+            raise ValueError("an array is missing" if status == LACE_NULL else "a row has no labels, or there are too many")
+        return -1
+
+    cdef int64_t run_f32(self, size_t block) noexcept nogil:
+        cdef float losses[LABELS]
+        cdef lace_binary_args_f32 args = self.f32
+        place(&args, block, self.count)
+        if args.loss is NULL:
+            args.loss = &losses[0]
+        else:
+            args.loss += block * LABELS
+        cdef int64_t status = build.binary_f32(&args)
+        if self.sums is not NULL and status == 0:
+            lace_sum_f32(&self.sums[2 * block], losses, args.n)
+        return status
+
+    cdef int64_t run_f64(self, size_t block) noexcept nogil:
+        cdef double losses[LABELS]
+        cdef lace_binary_args_f64 args = self.f64
+        place(&args, block, self.count)
+        if args.loss is NULL:
+            args.loss = &losses[0]
+        else:
+            args.loss += block * LABELS
+        cdef int64_t status = build.binary_f64(&args)
+        if self.sums is not NULL and status == 0:
+            lace_sum_f64(&self.sums[2 * block], losses, args.n)
+        return status
+
+    def reduce(self, out):
+        """Write the sum of the losses, divided, to one value at `out`."""
+        cdef void *to = address(out, TO_WRITE)
+        cdef unsigned long long mode
+        cdef double sum[2]
+        with nogil:
+            mode = lace_default_arithmetic()
+            lace_sum_f64(sum, self.sums, 2 * self.n)
+            sum[0] = (sum[0] + sum[1]) / self.divisor
+            if self.size == 4:
+                (<float *> to)[0] = <float> sum[0]
+            else:
+                (<double *> to)[0] = sum[0]
+            lace_restore_arithmetic(mode)

@@ -12,8 +12,10 @@
  *         lace_row_f32(NULL, NULL, &totals, logits, target, 10);
  *     mean = totals.loss.high / totals.count;    correct = totals.top[0];
  *
- * With all options, many rows at once: copy lace.h, lace_math.h, lace_rows.h, lace_columns.h and lace_f32.c for float,
- * lace_f64.c for double. In C:
+ * lace_labels.c, which needs them too, does the same for labels that are present or absent, each by itself.
+ *
+ * With all options, many rows at once: copy lace.h, lace_math.h, lace_rows.h, lace_columns.h, lace_binary.h and lace_f32.c
+ * for float, lace_f64.c for double. In C:
  *     float logits[2][3] = {{1, 4, 2}, {0, 5, 0}}, loss[2], gradient[2][3];
  *     const int64_t target[2] = {1, 0};
  *     const int64_t status = lace_rows_f32(&(lace_args_f32){
@@ -69,6 +71,12 @@ typedef struct {
  * Returns LACE_DONE, 1 if the target is no class, or another of the codes above. */
 int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const float *logits, size_t target, size_t k);
 
+/* The same, in lace_labels.c, for k labels that are present or absent, each by itself: k losses and k values of the gradient,
+ * k labels added to the totals. label[j] is 1 where label j is present, else 0. totals.top[0] counts those whose logit has
+ * the right sign: 0 is an absent label's, NaN is never right. Returns LACE_DONE or LACE_NULL. */
+int lace_labels_f32(float *loss, float *gradient, lace_totals_f32 *totals, const float *logits, const uint8_t *label,
+                    size_t k);
+
 typedef struct {
     const float *weight;    /* k class weights, or NULL for 1 */
     float label_smoothing;  /* in [0, 1]: probabilities y become (1 - e) y + e / k */
@@ -103,8 +111,7 @@ typedef struct {
     float *gradient;          /* matrix, written; NULL: it is not computed */
     const float *logits;      /* matrix; may not overlap what is written */
     const int64_t *target;    /* n class indices in [0, k) or ignore_index; not read if there is a soft_target */
-    const float *soft_target; /* matrix of target probabilities, without room between its rows; NULL: there are none.
-                               * lace_columns_ does not look at it. */
+    const float *soft_target; /* matrix of target probabilities; NULL: there are none */
     const float *scale;       /* factors for the rows of the gradient, not of the loss; NULL: 1 */
     size_t scale_step;        /* values from a factor to the next row's; 0: one factor serves all rows */
     size_t n;                 /* rows; 0: nothing is done */
@@ -112,7 +119,7 @@ typedef struct {
     ptrdiff_t logits_stride;  /* values from where a line starts to the next one, negative where lines run backwards; 0:
                                * they lie side by side */
     size_t gradient_stride;   /* the same of the gradient; what lies between its lines is not written */
-    const lace_options_f32 *options; /* NULL: LACE_DEFAULTS. lace_columns_ does not look at label_smoothing. */
+    const lace_options_f32 *options; /* NULL: LACE_DEFAULTS */
 
     /* What else is known of a row with class t: n values, written; NULL: it is not computed. An ignored row has 0, 0, k
      * and 0. Not written by lace_columns_, nor if there is a soft_target. */
@@ -120,6 +127,8 @@ typedef struct {
     float *probability;       /* q_t */
     int64_t *rank;            /* classes that come before t in the order of falling logits, equal ones by index */
     float *confidence;        /* the largest probability of the row */
+
+    size_t soft_target_stride; /* as gradient_stride, of the soft target */
 } lace_args_f32;
 
 typedef struct {
@@ -139,6 +148,7 @@ typedef struct {
     double *probability;
     int64_t *rank;
     double *confidence;
+    size_t soft_target_stride;
 } lace_args_f64;
 
 /* Loss and gradient of n rows. Returns LACE_DONE or what is wrong, see above. */
@@ -148,6 +158,47 @@ int64_t lace_rows_f64(const lace_args_f64 *args);
 /* The same where class j of row i is at logits[j * logits_stride + i], as images have it, whose rows are pixels. */
 int64_t lace_columns_f32(const lace_args_f32 *args);
 int64_t lace_columns_f64(const lace_args_f64 *args);
+
+/* What lace_binary_ works on: n labels that are present or absent, each by itself. A field left 0 has the default that is
+ * named here, but for `strength`, where 0 is binary cross entropy. With q = sigmoid(z), weight w and pos_weight p:
+ *     loss  w (p y f(q) + (1 - y) f(1 - q))        f(q) = ((1-s) + s (1 - q)) (-log q)
+ * Rows of k labels share their weights, as those of a matrix do whose columns are labels. */
+typedef struct {
+    float *loss;             /* n values, written; NULL: it is not computed */
+    float *gradient;         /* n values, written; NULL: it is not computed */
+    const float *logits;     /* n values; may not overlap what is written */
+    const float *target;     /* n probabilities y that a label is present; the loss is linear in them, outside [0, 1] too */
+    const uint8_t *label;    /* read in place of a `target` NULL: n bytes, 1 where a label is present and 0 where absent */
+    const float *weight;     /* k values, w; NULL: 1 */
+    const float *pos_weight; /* k values, p; NULL: 1 */
+    const float *scale;      /* factors of the gradient, not of the loss; NULL: 1 */
+    size_t scale_step;       /* values from a factor to the next label's; 0: one factor serves all */
+    size_t n;                /* labels; 0: nothing is done */
+    size_t k;                /* labels that a row has; not read without weights */
+    size_t first;            /* labels of its row that come before label 0 */
+    float strength;          /* s, in [0, 1]: 1 is LACE, 0 binary cross entropy */
+} lace_binary_args_f32;
+
+typedef struct {
+    double *loss;
+    double *gradient;
+    const double *logits;
+    const double *target;
+    const uint8_t *label;
+    const double *weight;
+    const double *pos_weight;
+    const double *scale;
+    size_t scale_step;
+    size_t n;
+    size_t k;
+    size_t first;
+    double strength;
+} lace_binary_args_f64;
+
+/* Loss and gradient of n labels. Returns LACE_DONE or what is wrong with the call. A logit of +inf or -inf is a label that is
+ * present or absent for certain: where that is wrong its loss is infinite, and its gradient is not. */
+int64_t lace_binary_f32(const lace_binary_args_f32 *args);
+int64_t lace_binary_f64(const lace_binary_args_f64 *args);
 
 /* The sum of n values, as the exact sum of sum[0] and the much smaller sum[1]; floats are summed in double, so that the
  * mean of large ones is there although their sum is no float. */

@@ -219,12 +219,22 @@ static inline void total_in_doubles(double sum[2], Lanes *lanes)
 }
 #endif
 
-/* `count` more terms, after a multiple of LANES. */
+/* `count` more terms. */
 static inline void accumulate(Lanes *restrict lanes, const Real *restrict e, size_t count)
 {
     size_t j = 0;
     for (; j + LANES <= count; j += LANES) add_to_lanes(lanes, e + j, LANES);
     add_to_lanes(lanes, e + j, count - j);
+}
+
+/* `count` terms, at most CHUNK, of which each is rounded twice more: four are added up before they go to a lane. */
+static inline void accumulate_fours(Lanes *restrict lanes, const Real *restrict x, size_t count)
+{
+    const size_t m = count / 4 / 8 * 8, rest = count - 4 * m; /* whole vectors */
+    Real fours[CHUNK / 4 + 32];
+    for (size_t i = 0; i < m; i++) fours[i] = (x[i] + x[m + i]) + (x[2 * m + i] + x[3 * m + i]);
+    for (size_t i = 0; i < rest; i++) fours[m + i] = x[4 * m + i] + 0; /* a plain copy would call memcpy */
+    accumulate(lanes, fours, m + rest);
 }
 
 static Real maximum(const Real *z, size_t k)
@@ -275,7 +285,7 @@ typedef struct {
     const Real *logits;
     const int64_t *target;
     const Real *soft_target, *scale;
-    size_t scale_step, k, gradient_stride;
+    size_t scale_step, k, soft_target_stride, gradient_stride;
     ptrdiff_t logits_stride;
     const Options *options;
 } Job;
@@ -449,89 +459,193 @@ static void hard_rows(Sums *sums, const Job *job, const size_t *index, const siz
     }
 }
 
-/* q, r, a f and a K, as in ref/loss.py, of `count` classes. */
-typedef struct { Real q[CHUNK], r[CHUNK], af[CHUNK], ak[CHUNK]; } Terms;
-
+/* A row's target: coefficients a = (keep y + spread) w, as in ref/loss.py. */
 typedef struct {
-    const Real *probability; /* of each class, or NULL: all on class t */
+    const Real *probability; /* y of each class, or NULL: 1 for class t */
     const Real *weight;      /* or NULL */
-    size_t t, k, top;
-    Real keep, spread, strength; /* 1 - e, e / k, s */
+    size_t t;
+    Real keep, spread;       /* 1 - e, e / k */
 } Target;
 
-static void class_terms(Terms *x, const Sums *sums, size_t r, const Real *z, size_t j, size_t count, const Target *y)
+static void coefficients(Real *restrict a, const Target *y, size_t j, size_t count)
 {
-    const Real s = y->strength, max = sums->max[r], inverse = sums->inverse.high[r], log_sum = sums->log_sum.high[r];
-    exponentials(x->q, z + j, max, count);
+    const Real keep = y->keep, spread = y->spread;
+    const Real *restrict p = y->probability ? y->probability + j : NULL, *restrict w = y->weight ? y->weight + j : NULL;
+    for (size_t i = 0; p && w && i < count; i++) a[i] = (keep * p[i] + spread) * w[i];
+    for (size_t i = 0; p && !w && i < count; i++) a[i] = keep * p[i] + spread;
+    for (size_t i = 0; !p && w && i < count; i++) a[i] = spread * w[i];
+    for (size_t i = 0; !p && !w && i < count; i++) a[i] = spread;
+    if (!p && y->t - j < count) a[y->t - j] = (keep + spread) * (w ? w[y->t - j] : 1);
+}
+
+/* Of the classes but the one with the largest logit, which is the one that the sum leaves out: sums of a, a d, a e and
+ * a e d, with d = max - z and e = exp(-d). What L and its gradient need of them, in one pass, as n = d + log(sum of e). */
+typedef struct {
+    Pairs a, ad, ae, aed;
+    Real scale[BATCH]; /* the gradient's factor */
+} SoftSums;
+
+/* The terms of a class, whose e is EXP_SCALE too large. An infinite loss counts nothing where a is 0; q n is 0 where q is, its
+ * limit. */
+typedef struct { Real ad, ae, aed; } Term;
+
+static inline Term soft_term(Real a, Real e, Real d)
+{
+    const Real q = e * EXP_UNSCALE, ad = a == 0 ? 0 : a * d;
+    const Term x = {ad, a * q, q == 0 ? 0 : ad * q};
+    return x;
+}
+
+static inline void soft_terms(Real *restrict ad, Real *restrict ae, Real *restrict aed, const Real *restrict a,
+                              const Real *restrict e, const Real *restrict z, Real max, size_t count)
+{
     for (size_t i = 0; i < count; i++) {
-        x->q[i] = (x->q[i] * EXP_UNSCALE) * inverse;
-        x->r[i] = 1 - x->q[i];
+        const Term x = soft_term(a[i], e[i], max - z[i]);
+        ad[i] = x.ad;
+        ae[i] = x.ae;
+        aed[i] = x.aed;
     }
-    if (y->top - j < count) x->r[y->top - j] = (sums->sum_others.high[r] * EXP_UNSCALE) * inverse;
-    for (size_t i = 0; i < count; i++) {
-        Real n = (max - z[j + i]) + log_sum, q = x->q[i], p = x->r[i], qn = q * n;
-        Real f = ((1 - s) + s * p) * n;
-        Real a = y->keep * (y->probability ? y->probability[j + i] : (Real)(j + i == y->t)) + y->spread;
-        a = y->weight ? a * y->weight[j + i] : a;
-        x->af[i] = weighted(a, f);
-        x->ak[i] = a * ((1 - s) + s * (p + (q == 0 ? 0 : qn)));
+}
+
+/* As sum_exponentials, with the sums of row r; the coefficient of class `top` becomes the row's weight. */
+static void sum_soft_row(HardRows *x, SoftSums *soft, Sums *sums, size_t r, Real *e, const Real *z, size_t k, size_t top,
+                         const Target *y)
+{
+    Lanes others, a, ad, ae, aed;
+    clear(&others);
+    clear(&a);
+    clear(&ad);
+    clear(&ae);
+    clear(&aed);
+    for (size_t j = 0; j < k; j += CHUNK) {
+        Real here[CHUNK], *chunk = e ? e + j : here, a_of[CHUNK], ad_of[CHUNK], ae_of[CHUNK], aed_of[CHUNK];
+        const size_t count = k - j < CHUNK ? k - j : CHUNK;
+        exponentials(chunk, z + j, sums->max[r], count);
+        coefficients(a_of, y, j, count);
+        if (top - j < count) {
+            x->w[r] = a_of[top - j];
+            a_of[top - j] = chunk[top - j] = 0;
+        }
+        soft_terms(ad_of, ae_of, aed_of, a_of, chunk, z + j, sums->max[r], count);
+        accumulate(&others, chunk, count);
+        accumulate_fours(&a, a_of, count);
+        accumulate_fours(&ad, ad_of, count);
+        accumulate_fours(&ae, ae_of, count);
+        accumulate_fours(&aed, aed_of, count);
     }
+    sums->z_left_out[r] = z[top];
+    sums->exp_left_out[r] = 1;
+    store_pair(&sums->sum_others, r, total(&others));
+    store_pair(&soft->a, r, total(&a));
+    store_pair(&soft->ad, r, total(&ad));
+    store_pair(&soft->ae, r, total(&ae));
+    store_pair(&soft->aed, r, total(&aed));
+}
+
+/* After hard_formulas of the class with the largest logit: adds the others. There grad_factor, of which every exponential
+ * has its part, lacks the class's own part -a K. */
+static void soft_formulas(HardRows *restrict x, const SoftSums *restrict soft, const Sums *restrict sums, Real strength,
+                          size_t count)
+{
+    const Pair s = {strength, 0}, minus = {-1, 0}, minus_s = {-strength, 0};
+    for (size_t r = 0; r < count; r++) {
+        const Pair inverse = load_pair(&sums->inverse, r), log_sum = load_pair(&sums->log_sum, r);
+        const Pair a = load_pair(&soft->a, r), ae = load_pair(&soft->ae, r), scale = {soft->scale[r], 0};
+        const Pair aqn = multiply(add(load_pair(&soft->aed, r), multiply(ae, log_sum)), inverse);
+        const Pair an = add(load_pair(&soft->ad, r), multiply(a, log_sum)), top = {x->loss[r], 0};
+        const Pair ak = add(a, multiply(s, add(aqn, multiply(minus, multiply(ae, inverse)))));
+        const Real part = rounded(multiply(multiply(scale, ak), inverse));
+        x->loss[r] = rounded(add(top, add(an, multiply(minus_s, aqn))));
+        x->grad_factor[r] += part;
+        x->grad_target[r] += part;
+    }
+}
+
+/* An entry of the gradient, q (the sum of a K) - a K: `e` is EXP_SCALE too large, `ag` and the factor f have the gradient's
+ * factor in them. */
+static inline Real soft_entry(Real e, Real ag, Real d, Real inverse, Real log_sum, Real first, Real last, Real s)
+{
+    const Real q = e * (inverse * EXP_UNSCALE), qn = q == 0 ? 0 : q * (d + log_sum);
+    return (e * first) * last - ag * ((1 - s) + s * ((1 - q) + qn));
+}
+
+static inline void soft_gradient(Real *restrict row, const Real *restrict a, const Real *restrict z, const Sums *sums,
+                                 size_t r, Factor f, Real scale, Real s, size_t count)
+{
+    const Real max = sums->max[r], inverse = sums->inverse.high[r], log_sum = sums->log_sum.high[r];
+    for (size_t i = 0; i < count; i++)
+        row[i] = soft_entry(row[i], a[i] * scale, max - z[i], inverse, log_sum, f.first, f.last, s);
+}
+
+/* The first class with the largest logit. A NaN is not taken for it: it belongs into the sum. */
+static size_t class_of_maximum(const Real *z, size_t k, Real max)
+{
+    size_t j = 0;
+    for (Bits found = 0; j + 32 < k; j += 32) {
+        for (size_t l = 0; l < 32; l++) found |= z[j + l] == max;
+        if (found) break;
+    }
+    while (j < k - 1 && z[j] != max) j++;
+    return j;
 }
 
 /* As hard_rows, for targets that give every class a coefficient. */
 static void soft_rows(Sums *sums, const Job *job, const size_t *index, const size_t *classes, size_t count)
 {
     const size_t k = job->k;
-    const Real e = job->options->label_smoothing;
+    const Real e = job->options->label_smoothing, s = job->options->strength;
     size_t top[BATCH];
-    for (size_t r = 0; r < count; r++) {
-        const Real *z = row_of(job, index[r]);
-        sums->max[r] = maximum(z, k);
-        top[r] = 0;
-        while (top[r] < k - 1 && z[top[r]] != sums->max[r]) top[r]++; /* not at a NaN, which belongs into the sum */
-    }
-    sum_rows(sums, job, index, top, count, NULL);
-    finish_sums(sums, count);
+    HardRows x;
+    SoftSums soft;
+    Target y = {NULL, job->options->weight, 0, 1 - e, e / (Real)k};
     for (size_t r = 0; r < count; r++) {
         const size_t i = index[r];
-        const Real *z = row_of(job, i), scale = job->scale ? job->scale[i * job->scale_step] : 1;
+        const Real *z = row_of(job, i);
+        if (job->soft_target) y.probability = job->soft_target + i * job->soft_target_stride;
+        y.t = classes[r];
+        sums->max[r] = maximum(z, k);
+        top[r] = class_of_maximum(z, k, sums->max[r]);
+        soft.scale[r] = job->scale ? job->scale[i * job->scale_step] : 1;
         Real *row = job->gradient ? job->gradient + i * job->gradient_stride : NULL;
-        Target y = {job->soft_target ? job->soft_target + i * k : NULL, job->options->weight, classes[r], k, top[r],
-                    1 - e, e / (Real)k, job->options->strength};
-        Lanes losses, slopes;
-        Terms x;
-        clear(&losses);
-        clear(&slopes);
+        sum_soft_row(&x, &soft, sums, r, row, z, k, top[r], &y);
+        x.g[r] = x.w[r] * soft.scale[r];
+    }
+    finish_sums(sums, count);
+    hard_formulas(&x, sums, s, count);
+    soft_formulas(&x, &soft, sums, s, count);
+    for (size_t r = 0; r < count; r++) {
+        const size_t i = index[r];
+        const Real *z = row_of(job, i);
+        job->loss[i] = x.loss[r];
+        if (!job->gradient) continue;
+        Real *row = job->gradient + i * job->gradient_stride;
+        if (job->soft_target) y.probability = job->soft_target + i * job->soft_target_stride;
+        y.t = classes[r];
         for (size_t j = 0; j < k; j += CHUNK) {
+            Real a[CHUNK];
             const size_t part = k - j < CHUNK ? k - j : CHUNK;
-            class_terms(&x, sums, r, z, j, part, &y);
-            accumulate(&losses, x.af, part);
-            accumulate(&slopes, x.ak, part);
+            coefficients(a, &y, j, part);
+            soft_gradient(row + j, a, z + j, sums, r, factor_of(x.grad_factor[r]), soft.scale[r], s, part);
         }
-        job->loss[i] = rounded(total(&losses));
-        const Pair all = total(&slopes); /* a pair, for what is left without a class that has nearly all */
-        for (size_t j = 0; row && j < k; j += CHUNK) {
-            const size_t part = k - j < CHUNK ? k - j : CHUNK;
-            class_terms(&x, sums, r, z, j, part, &y);
-            for (size_t c = 0; c < part; c++)
-                row[j + c] = scale * (x.q[c] * ((all.high - x.ak[c]) + all.low) - x.r[c] * x.ak[c]);
-        }
+        row[top[r]] = x.grad_target[r];
     }
 }
 
 /* Fills the job from the arguments if `lines` of `length` values can be worked on. Returns what lace.h says. */
-static int64_t check_arguments(Job *job, const Args *args, const Real *soft_target, size_t lines, size_t length)
+static int64_t check_arguments(Job *job, const Args *args, size_t lines, size_t length)
 {
     static const Options defaults = LACE_DEFAULTS;
     const Options *options = args->options ? args->options : &defaults;
     const size_t given = args->logits_stride < 0 ? 0 - (size_t)args->logits_stride : (size_t)args->logits_stride;
     const size_t logits_stride = given ? given : length;
     const size_t gradient_stride = args->gradient_stride ? args->gradient_stride : length;
+    const size_t soft_target_stride = args->soft_target_stride ? args->soft_target_stride : length;
     const size_t most = lines > 0 ? SIZE_MAX / sizeof(Real) / lines : SIZE_MAX;
-    if (args->k == 0 || logits_stride < length || gradient_stride < length) return LACE_SIZE;
-    if (logits_stride > most || gradient_stride > most) return LACE_SIZE;
-    if (args->n > 0 && !(args->loss && args->logits && (args->target || soft_target))) return LACE_NULL;
-    for (size_t i = 0; !soft_target && i < args->n; i++) {
+    if (args->k == 0) return LACE_SIZE;
+    if (logits_stride < length || gradient_stride < length || soft_target_stride < length) return LACE_SIZE;
+    if (logits_stride > most || gradient_stride > most || soft_target_stride > most) return LACE_SIZE;
+    if (args->n > 0 && !(args->loss && args->logits && (args->target || args->soft_target))) return LACE_NULL;
+    for (size_t i = 0; !args->soft_target && i < args->n; i++) {
         const int64_t t = args->target[i];
         if (t != options->ignore_index && (t < 0 || (uint64_t)t >= args->k)) return (int64_t)i + 1;
     }
@@ -539,7 +653,8 @@ static int64_t check_arguments(Job *job, const Args *args, const Real *soft_targ
     job->gradient = args->gradient;
     job->logits = args->logits;
     job->target = args->target;
-    job->soft_target = soft_target;
+    job->soft_target = args->soft_target;
+    job->soft_target_stride = soft_target_stride;
     job->scale = args->scale;
     job->scale_step = args->scale_step;
     job->k = args->k;
@@ -553,7 +668,7 @@ int64_t NAME(lace_rows)(const Args *args)
 {
     Job job;
     if (!args) return LACE_NULL;
-    const int64_t why = check_arguments(&job, args, args->soft_target, args->n, args->k);
+    const int64_t why = check_arguments(&job, args, args->n, args->k);
     if (why != LACE_DONE) return why;
     const size_t n = args->n, k = job.k, fitting = NEAR / k;
     const size_t limit = fitting < 1 ? 1 : fitting < BATCH ? fitting : BATCH;

@@ -37,7 +37,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _LOGITS_WORTH_A_THREAD, _WORTH_THREADS, _cpu, _in_threads
 
-__all__ = ["LACELoss", "check_target", "lace_loss"]
+__all__ = ["BinaryLACELoss", "LACELoss", "binary_lace_loss", "check_target", "lace_loss"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATING = (torch.float32, torch.float64, *_HALF)
@@ -824,3 +824,6 @@ def _along(axis: int, z: Tensor) -> list[int]:
 
 def _class_axis(input: Tensor) -> int:
     return 1 if input.dim() > 1 else 0
+
+
+from .binary_torch import BinaryLACELoss, binary_lace_loss  # noqa: E402, it builds on what is above

@@ -44,20 +44,20 @@ def child(arguments: list[str], limits: dict[int, int], said: Path) -> None:
 def start(
     arguments: list[str], limits: dict[int, int] | None = None, said: Path = Path(os.devnull)
 ) -> multiprocessing.process.BaseProcess:
-    """The command in a process of its own, under these limits of the system, its errors written to `said`."""
+    """Start the command in a process of its own, under these limits of the system, its errors written to `said`."""
     process = server.Process(target=child, args=(arguments, limits or {}, said))
     process.start()
     return process
 
 
 def figures(record: Path) -> list[Record]:
-    """A record's lines, without the times."""
+    """Lines of a record, without the times."""
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 
 def weights(record: Path) -> dict[str, bytes]:
-    """The bytes of a record's weights and momentum, from the checkpoint beside it."""
+    """Bytes of a record's weights and momentum, from the checkpoint beside it."""
     state = load_checkpoint(record.with_suffix(".checkpoint"), torch.device("cpu"))
     assert state is not None
     momentum = {str(k): v for k, v in enumerate(state["momentum"])}
@@ -74,26 +74,26 @@ def kill(folder: Path, kills: int) -> Counter[str]:
     before = time.perf_counter()
     start([*RUN, "--out", str(folder / "clock")]).join()
     seconds = time.perf_counter() - before
-    random, found, n = np.random.default_rng(0), Counter[str](), 0
-    while found["kills"] < kills:
+    random, states, n = np.random.default_rng(0), Counter[str](), 0
+    while states["kills"] < kills:
         record = folder / str(n) / RECORD
         process = start([*RUN, "--out", str(record.parent)])
         process.join(seconds * random.uniform(0, 1))
         if process.is_alive():
             process.kill()
             process.join()
-            found["kills"] += 1
+            states["kills"] += 1
             epochs = len(read_record(record)["epochs_log"]) if record.exists() else None
-            found["before the first record" if epochs is None else f"after epoch {epochs}"] += 1
-            found["with a file half written"] += bool(list(record.parent.glob("*.tmp*")))
+            states["before the first record" if epochs is None else f"after epoch {epochs}"] += 1
+            states["with a file half written"] += bool(list(record.parent.glob("*.tmp*")))
         n += record.exists() and "final" in read_record(record)
     for k in range(n + 1):
         record = folder / str(k) / RECORD
         start([*RUN, "--out", str(record.parent)]).join()
         assert figures(record) == figures(whole / RECORD), f"{record} has other figures"
         assert weights(record) == weights(whole / RECORD), f"{record} has other weights"
-    found["runs, all with the bytes of one that was not killed"] = n + 1
-    return found
+    states["runs, all with the bytes of one that was not killed"] = n + 1
+    return states
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ def results(threads=None):
             classes.flat[1::5] = -100
             loss, gradient = ext.forward_backward(images, classes, threads=threads, weight=rng.uniform(size=shape[1]))
             digest.update(np.asarray(loss).tobytes() + gradient.tobytes())
+        z = (rng.normal(size=(997, 301)) * rng.choice([0.1, 3, 60], (997, 1))).astype(dtype)
+        z[0, :2] = np.inf, -np.inf
+        for labels in (z > rng.normal(size=z.shape), rng.uniform(size=z.shape).astype(dtype)):
+            for options in ({}, {"pos_weight": rng.uniform(size=301), "strength": 0.3, "reduction": "none"}):
+                loss, gradient = ext.binary_forward_backward(z, labels, threads=threads, **options)
+                digest.update(np.asarray(loss).tobytes() + gradient.tobytes())
     return digest.hexdigest()
 
 

@@ -60,6 +60,18 @@ def test_the_logarithm_is_the_fit_it_claims_to_be(which, dtype, terms, error):
     assert off < error
 
 
+@pytest.mark.parametrize(("which", "terms", "error"), [(0, 5, 2.0**-31), (1, 10, 2.0**-57)])
+def test_the_logarithm_of_labels_is_the_fit_it_claims_to_be(which, terms, error):
+    text = (EXT / "lace_binary.h").read_text().replace("\\\n", "")
+    found = re.findall(r"^#define LOG_TO_2 +\{(.*?)\}", text, re.M)[which]
+    largest = mpmath.mpf("1.01") / 9
+    expected, off = fitted(
+        lambda x: sum(2 * x**k / (2 * k + 3) for k in range(90)), mpmath.mpf(0), largest, terms, np.float64
+    )
+    assert [float(number) for number in found.split(",")] == expected
+    assert off * largest / 2 < error  # it is multiplied by s^2 and added to 2
+
+
 @pytest.mark.parametrize(("which", "dtype", "largest_exponent"), [(0, np.float32, 169), (1, np.float64, 1094)])
 def test_log_2_comes_apart_so_that_its_multiples_are_exact(which, dtype, largest_exponent):
     (high,), (low,) = constants()["LN2_HIGH"][which], constants()["LN2_LOW"][which]
@@ -280,6 +292,7 @@ class Args(ctypes.Structure):
         ("logits_stride", ctypes.c_ssize_t),
         ("gradient_stride", ctypes.c_size_t),
         *((name, ctypes.c_void_p) for name in ("options", "cross_entropy", "probability", "rank", "confidence")),
+        ("soft_target_stride", ctypes.c_size_t),
     )
 
 
@@ -287,6 +300,15 @@ def called(function, **fields):
     """Result of a function of lace.h, given arrays, numbers and None for the fields of its arguments."""
     given = {name: value.ctypes.data if isinstance(value, np.ndarray) else value for name, value in fields.items()}
     return function(ctypes.byref(Args(**given)))
+
+
+def options(dtype, weight=None, label_smoothing=0.0, strength=1.0):
+    """Address of lace_options_f32 or lace_options_f64, and what has to be kept alive meanwhile."""
+    real = {"f32": ctypes.c_float, "f64": ctypes.c_double}[dtype]
+    fields = [("weight", ctypes.c_void_p), ("smoothing", real), ("strength", real), ("ignore_index", ctypes.c_int64)]
+    of_dtype = type("Options", (ctypes.Structure,), {"_fields_": fields})
+    made = of_dtype(None if weight is None else weight.ctypes.data, label_smoothing, strength, -100)
+    return ctypes.addressof(made), (made, weight)
 
 
 class Totals(ctypes.Structure):
@@ -443,3 +465,52 @@ def test_lines_with_room_between_them_or_backwards_have_the_bits_of_lines_side_b
         assert found.tobytes() == loss.tobytes()
         assert out[:, :length].tobytes() == gradient.tobytes()
         assert (out[:, length:] == 7).all()
+
+
+REALS = {"f32": np.float32, "f64": np.float64}
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("k", [1, 2, 13, 700])
+def test_targets_in_several_classes_are_those_of_the_reference_in_every_layout(k, kind, dtype, library):
+    """Without a gradient, too, with the same bits of the loss; with room between lines; where the largest logit ties."""
+    rng = np.random.default_rng(k)
+    n, real, function = 70, REALS[dtype], getattr(library, f"lace_{kind}_{dtype}")
+    z = (4 * rng.normal(size=(n, k))).astype(real)
+    z[::3, 0] = z[::3].max(1)
+    z[1::5, -1] += real(20)
+    y = rng.dirichlet(np.full(k, 0.3), n).astype(real)
+    w = rng.uniform(0, 2, k).astype(real)
+    target = rng.integers(0, k, n)
+    target[5] = -100
+    unit = np.finfo(real).eps / 2
+    cases = [(y, None, 0, 1), (y, w, 0.25, 0.5), (None, None, 0.125, 1), (None, w, 1, 0.25)]
+    for soft, weight, smoothing, strength in cases:
+        at, kept = options(dtype, weight, smoothing, strength)
+        lines = [None if a is None else np.ascontiguousarray(a.T if kind == "columns" else a) for a in (z, soft)]
+        given = {"logits": lines[0], "soft_target": lines[1], "target": target, "n": n, "k": k, "options": at}
+        loss, alone, gradient = np.empty(n, real), np.empty(n, real), np.empty_like(lines[0])
+        assert called(function, loss=loss, gradient=gradient, **given) == DONE
+        assert called(function, loss=alone, **given) == DONE
+        assert alone.tobytes() == loss.tobytes()
+        wide = np.full((2, *np.add(lines[0].shape, (0, 3))), 7, real)
+        if soft is not None:
+            wide[0, :, :-3] = lines[1]
+            given |= {"soft_target": wide[0], "soft_target_stride": wide.shape[2]}
+        given["gradient_stride"] = wide.shape[2]
+        assert called(function, loss=alone, gradient=wide[1], **given) == DONE
+        assert alone.tobytes() == loss.tobytes()
+        assert wide[1, :, :-3].tobytes() == gradient.tobytes()
+        assert (wide[1, :, -3:] == 7).all()
+
+        goal = target if soft is None else y.astype(float)
+        same = {"weight": weight, "label_smoothing": smoothing, "strength": strength}
+        mass = 1 if weight is None else weight.max()  # coefficients sum up to less
+        bounds = [count * unit for count in tolerances.ROUNDINGS.values()]
+        exact = ref.forward(z, goal, reduction="none", **same)
+        assert (np.abs(loss - exact) <= bounds[0] * exact + np.spacing(exact.astype(real))).all()
+        slopes = gradient.T if kind == "columns" else gradient
+        exact = ref.backward(z, goal, reduction="none", **same)
+        assert (np.abs(slopes - exact) <= bounds[1] * mass).all()
+        assert kept

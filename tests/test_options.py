@@ -6,11 +6,11 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from benchmarks.figure import curves, draw
 from tolerances import COMPOSITE, DIFFERENCES, FLOAT32, FLOAT64
 
 from lace_loss import ext, ref
 from lace_loss.ext import torch as lace_torch
-from lace_loss.train.figure import curves, draw
 
 SHAPES = [(7,), (5, 7), (2, 7, 3, 2), (0, 7), (3, 1)]
 OPTIONS = [

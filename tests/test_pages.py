@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "ref/THEORY.md",
     *(f"{room}/README.md" for room in ("ref", "ref/vectors", "ext", "train", "tests")),
 ]
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -180,6 +180,7 @@ ONLY_32 = {
     "max.s32": lambda a, b, n: max(signed(a, n), signed(b, n)),
     "min.u32": lambda a, b, n: min(a, b),
     "div.s32": lambda a, b, n: int(Fraction(signed(a, n), signed(b, n))),  # towards 0
+    "rem.s32": lambda a, b, n: signed(a, n) - signed(b, n) * int(Fraction(signed(a, n), signed(b, n))),
 }
 
 

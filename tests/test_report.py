@@ -17,15 +17,16 @@ for needed in ("torch", "sklearn", "scipy", "matplotlib", "torchvision", "tqdm")
 
 import mpmath  # noqa: E402
 import scipy.stats  # noqa: E402
+from benchmarks import figure  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_train import assert_error  # noqa: E402
 
-from lace_loss.train import figure, plan, store  # noqa: E402
+from lace_loss.train import plan, store  # noqa: E402
 from lace_loss.train.__main__ import main, parser  # noqa: E402
 from lace_loss.train.config import Config  # noqa: E402
 from lace_loss.train.intervals import paired, power, ratio, welch  # noqa: E402
 from lace_loss.train.pictures import pyplot, save  # noqa: E402
-from lace_loss.train.report import markdown, report  # noqa: E402
+from lace_loss.train.report import markdown, report, what_was_seen  # noqa: E402
 from lace_loss.train.schema import FIGURES, TESTED, Record  # noqa: E402
 from lace_loss.train.summary import RECIPE, summarise  # noqa: E402
 
@@ -253,6 +254,34 @@ def test_the_verdict_is_said_whichever_way_it_falls(
     assert "CE's mean is within 0.3 points of the paper's 6.7 %" in text
     assert "LACE - focal is an A/A check" in text
     assert "Beside the plan, top-5 test error, not corrected for several pairs: | | Welch, 95 %" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "seeds", "shift", "words"),
+    [
+        ({}, 1, 0.5, "; these seeds give no interval for the difference."),
+        ({}, 5, 0.0, " holds 0: undecided."),
+        ({}, 5, 0.5, " excludes 0."),
+        ({}, 4, 0.5, " excludes 0, but there is no finished plan: no conclusion."),
+        ({"classes": 10, "data": "digits"}, 5, 0.5, " excludes 0, but there is no finished plan: no conclusion."),
+    ],
+)
+def test_one_sentence_says_what_was_seen(tmp_path: Path, settings: Any, seeds: int, shift: float, words: str) -> None:
+    errors: dict[str, list[float]] = {"ce": [], "lace": []}
+    for seed in range(seeds):
+        for loss, error in (("ce", 6.9 + NOISE[seed]), ("lace", 6.9 - shift - 2 * NOISE[seed])):
+            record(tmp_path, loss, seed, error, test={"top1_error": error}, **settings)
+            errors[loss].append(error)
+    files = sorted(tmp_path.glob("*.jsonl"))
+    found = what_was_seen(summarise([store.read_record(file) | {"path": str(file)} for file in files]))
+    assert max(map(len, found.splitlines())) <= 80
+    name = "top-1" if settings else "top-5"
+    expected = f"Seen: a mean {name} test error of {np.mean(errors['ce']):.2f} % with CE (n = {seeds}) and"
+    expected += f" {np.mean(errors['lace']):.2f} % with LACE (n = {seeds})"
+    if seeds > 1:
+        low, high = scipy.stats.ttest_ind(*errors.values(), equal_var=False).confidence_interval()
+        expected += f"; the 95 % interval of the difference, {low:+.2f} to {high:+.2f} points,"
+    assert found.replace("\n", " ") == expected + words
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------

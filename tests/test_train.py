@@ -38,15 +38,18 @@ from kills import figures, kill, server, start  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from lace_loss import ref  # noqa: E402
-from lace_loss.train import lock, loop, store  # noqa: E402
+from lace_loss.train import experiment, lock, replicas, runs, store  # noqa: E402
 from lace_loss.train.__main__ import main, seeds  # noqa: E402
 from lace_loss.train.attack import adversarial  # noqa: E402
 from lace_loss.train.config import Config, TrainError  # noqa: E402
-from lace_loss.train.data import Data, balanced, block_means, crop, draws, flip, load, normalised  # noqa: E402
+from lace_loss.train.data import Data, block_means, crop, draw, flip, load, normalised, subset_mask  # noqa: E402
+from lace_loss.train.experiment import Training, learning_rate  # noqa: E402
 from lace_loss.train.model import ResNet18  # noqa: E402
 from lace_loss.train.probabilities import log_probabilities, qualities  # noqa: E402
+from lace_loss.train.processes import is_out_of_memory  # noqa: E402
 from lace_loss.train.schema import FIGURES, Record  # noqa: E402
-from lace_loss.train.store import load_checkpoint, previous, read_record, save_checkpoint  # noqa: E402
+from lace_loss.train.shared import SharedTraining  # noqa: E402
+from lace_loss.train.store import load_checkpoint, previous_generation, read_record, save_checkpoint  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = ["--epochs", "3", "--width", "1", "--device", "cpu", "--threads", "1"]
@@ -129,7 +132,7 @@ def test_flip_mirrors_the_chosen_images_only() -> None:
 
 
 def test_draws_depend_on_seed_and_epoch_alone_and_cover_every_offset() -> None:
-    first, again, other = draws(3, 5, 2000, 4), draws(3, 5, 2000, 4), draws(3, 6, 2000, 4)
+    first, again, other = draw(3, 5, 2000, 4), draw(3, 5, 2000, 4), draw(3, 6, 2000, 4)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     order, offsets, flips = first
@@ -180,13 +183,13 @@ def test_shrinking_replaces_blocks_of_pixels_by_their_mean() -> None:
 
 def test_a_subset_holds_as_many_of_every_class_and_the_rest_is_unused() -> None:
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [10, 20, 30]))
-    chosen = balanced(labels, 24)
+    chosen = subset_mask(labels, 24)
     assert np.bincount(labels[chosen]).tolist() == [8, 8, 8]
     assert all(chosen[labels == c].nonzero()[0].tolist() == list(range(8)) for c in range(3))
-    assert balanced(labels, 0).all()
+    assert subset_mask(labels, 0).all()
     for subset in (25, 2, 33):  # uneven, less than one of each, more than there are of one
         with pytest.raises(TrainError, match=f"multiple of the 3 classes and at most 30, .* got {subset}"):
-            balanced(labels, subset)
+            subset_mask(labels, subset)
     whole, part = load("digits", "unused", CPU), load("digits", "unused", CPU, subset=1000)
     assert (len(part.images), len(part.unused_images)) == (1000, 437)
     assert whole.sha256 != part.sha256
@@ -200,8 +203,8 @@ def test_errors_agree_with_scikit_learn_topk() -> None:
     from sklearn.metrics import top_k_accuracy_score
 
     digits, model = load("digits", "unused", CPU), ResNet18(1, 10, 1)
-    logits = loop.evaluation_logits(model, digits.test_images, digits.mean, "float32")
-    found = loop.figures(logits, digits.test_labels)
+    logits = experiment.evaluation_logits(model, digits.test_images, digits.mean, "float32")
+    found = experiment.figures(logits, digits.test_labels)
     with torch.inference_mode():
         logits = model(normalised(digits.test_images, digits.mean)).numpy()
     for k in (1, 5):
@@ -232,6 +235,33 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_others(finished: 
     assert same[1:] != figures(tmp_path / name.format(1))[1:]
 
 
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_log_has_a_line_a_finished_run_the_tables_and_a_sentence_in_80_columns(
+    verbose: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """stderr is no terminal here: no bar, and no other line than these."""
+    monkeypatch.chdir(tmp_path)
+    command = [*SMALL, "--loss", "both", "--seeds", "0-1", "--epochs", "2", *(["--verbose"] if verbose else [])]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    lines = []
+    for seed in (0, 1):
+        for loss in ("ce", "lace"):
+            record, name = read_record(Path(f"runs/digits_{loss}_seed{seed}_w1.jsonl")), f"digits_{loss}_seed{seed}_w1"
+            for i, row in enumerate(record["epochs_log"] if verbose else [], 1):
+                errors = f"top-1 {row['top1_error']:.2f} %, top-5 {row['top5_error']:.2f} %"
+                lines.append(f"{name}: epoch {i}/2: loss {row['train_loss']:.4g}, {errors}")
+            errors = f"top-1 error {record['top1_error']:.2f} %, top-5 {record['top5_error']:.2f} %"
+            lines.append(f"{name}: {errors}, {record['seconds']:.0f} s")
+    assert said.err.splitlines() == lines
+    paths = [line for line in said.out.splitlines() if str(tmp_path) in line]
+    assert max(len(line) for line in [*said.out.splitlines(), *lines] if line not in paths) <= 80
+    *_, tables, pictures, sentence = said.out.strip().split("\n\n")
+    assert tables.startswith("| CE - LACE, without a claim")
+    assert " ".join(pictures.split()) == f"Pictures: {tmp_path}/runs/curves.png, {tmp_path}/runs/reliability.png"
+    assert sentence.startswith("Seen: a mean top-1 test error of ")
+
+
 def test_lace_of_strength_zero_trains_as_cross_entropy_does(tmp_path: Path) -> None:
     assert main(small(tmp_path / "lace", "--strength", "0", "--epochs", "1")) == 0
     assert main([*SMALL, "--loss", "ce", "--epochs", "1", "--out", str(tmp_path / "ce")]) == 0
@@ -241,8 +271,8 @@ def test_lace_of_strength_zero_trains_as_cross_entropy_does(tmp_path: Path) -> N
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy_bin_by_bin() -> None:
     digits, model = load("digits", "unused", CPU), ResNet18(2, 10, 1)
-    logits = loop.evaluation_logits(model, digits.test_images, digits.mean, "float32")
-    found = loop.figures(logits, digits.test_labels)
+    logits = experiment.evaluation_logits(model, digits.test_images, digits.mean, "float32")
+    found = experiment.figures(logits, digits.test_labels)
     with torch.inference_mode():
         q = model(normalised(digits.test_images, digits.mean)).double().softmax(1).numpy()
     sure, right = q.max(1), q.argmax(1) == digits.test_labels.numpy()
@@ -305,7 +335,7 @@ def test_one_temperature_is_found_again_and_is_fitted_on_the_other_half() -> Non
 def test_the_tests_logits_are_kept_and_give_the_records_figures(finished: Path) -> None:
     record = read_record(finished / "digits_lace_seed0_w1.jsonl")["sets"]["test"]
     with np.load(finished / "digits_lace_seed0_w1.logits.npz") as kept:
-        found = loop.figures(torch.from_numpy(kept["logits"]), torch.from_numpy(kept["target"]))
+        found = experiment.figures(torch.from_numpy(kept["logits"]), torch.from_numpy(kept["target"]))
     assert found == {key: record[key] for key in found}
 
 
@@ -318,37 +348,37 @@ def test_the_focal_arm_trains_as_lace_does_while_no_sample_is_sure(tmp_path: Pat
 
 def test_a_step_is_that_of_momentum_sgd_with_weight_decay() -> None:
     config, digits = Config("digits", "ce", width=2, strength=0.0, lr=0.2, pad=1, flip=False), load("digits", "", CPU)
-    replica = loop.Replica(config, digits)
-    parameter = replica.model.head.weight
+    training = Training(config, digits)
+    parameter = training.model.head.weight
     weight, buffer = parameter.detach().clone(), torch.zeros_like(parameter)
-    replica.begin(0)
+    training.begin(0)
     for i in range(3):
-        replica.advance(i)
+        training.step(i)
         buffer = 0.9 * buffer + parameter.grad + 5e-4 * weight
         weight = weight - 0.2 * buffer
         assert torch.allclose(parameter, weight, rtol=1e-5, atol=1e-7)
-    norm = math.sqrt(sum(p.grad.double().square().sum() for p in replica.model.parameters()))
-    assert replica.grad_norms[2].item() == pytest.approx(norm, rel=1e-5)
+    norm = math.sqrt(sum(p.grad.double().square().sum() for p in training.model.parameters()))
+    assert training.grad_norms[2].item() == pytest.approx(norm, rel=1e-5)
 
 
 def test_learning_rates_are_those_of_the_schedule() -> None:
     steps = Config(lr=0.1, epochs=40, lr_step=18)
-    rates = [steps.learning_rate(epoch, 7, 10) for epoch in (0, 17, 18, 35, 36, 39)]
+    rates = [learning_rate(steps, epoch, 7, 10) for epoch in (0, 17, 18, 35, 36, 39)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
     triangle = Config(lr=0.1, epochs=20, schedule="triangle")
-    rates = [triangle.learning_rate(epoch, step, 10) for epoch in range(20) for step in range(10)]
+    rates = [learning_rate(triangle, epoch, step, 10) for epoch in range(20) for step in range(10)]
     middles = np.arange(0.5, 200) / 200
     assert rates == pytest.approx(np.interp(middles, [0, 0.15, 1], [0, 0.2, 0]).tolist())
     assert min(rates) > 0
 
 
 def test_a_step_has_the_schedules_rate() -> None:
-    replica = loop.Replica(Config("digits", width=1, pad=1, epochs=3, schedule="triangle"), load("digits", "", CPU))
+    training = Training(Config("digits", width=1, pad=1, epochs=3, schedule="triangle"), load("digits", "", CPU))
     for epoch in range(2):
-        assert replica.begin(epoch) == replica.config.learning_rate(epoch, 0, 15)
+        training.begin(epoch)
         for i in (0, 1, 14):
-            replica.advance(i)
-            assert replica.lr.item() == pytest.approx(replica.config.learning_rate(epoch, i, 15), rel=1e-6)
+            training.step(i)
+            assert training.lr.item() == pytest.approx(learning_rate(training.config, epoch, i, 15), rel=1e-6)
 
 
 def test_bfloat16_is_refused_by_a_processor_that_lacks_it(
@@ -369,21 +399,21 @@ def test_a_short_run_keeps_its_first_rates_longer(tmp_path: Path, epochs: int, l
 
 
 def test_what_a_step_reads_and_writes_stays_where_it_is() -> None:
-    replica = loop.Replica(Config("digits", width=2, pad=1), load("digits", "unused", CPU))
+    training = Training(Config("digits", width=2, pad=1), load("digits", "unused", CPU))
 
     def places() -> list[int]:
-        tensors = [*replica.model.state_dict().values(), *replica.momentum, replica.lr, replica.order]
-        tensors += [replica.offsets, replica.flips, replica.losses, replica.grad_norms, replica.ranks]
-        assert [m.data_ptr() for m in replica.momentum] == [
-            s["momentum_buffer"].data_ptr() for s in replica.optimizer.state.values()
+        tensors = [*training.model.state_dict().values(), *training.momentum, training.lr, training.order]
+        tensors += [training.offsets, training.flips, training.losses, training.grad_norms, training.ranks]
+        assert [m.data_ptr() for m in training.momentum] == [
+            s["momentum_buffer"].data_ptr() for s in training.optimizer.state.values()
         ]
         return [tensor.data_ptr() for tensor in tensors]
 
     before = places()
     for epoch in range(2):
-        replica.begin(epoch)
-        replica.advance(0)
-    replica.restore({"model": ResNet18(2, 10, 1).state_dict(), "momentum": replica.momentum})
+        training.begin(epoch)
+        training.step(0)
+    store.restore(Path(), {"model": ResNet18(2, 10, 1).state_dict(), "momentum": training.momentum}, training.state())
     assert places() == before
 
 
@@ -402,15 +432,67 @@ class Operations(TorchDispatchMode):
 def test_a_step_asks_the_device_for_no_value() -> None:
     """Which would wait for it, and is what a CUDA graph forbids."""
     asking = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
-    replica = loop.Replica(Config("digits", width=2, pad=1), load("digits", "unused", CPU))
-    replica.begin(0)
+    training = Training(Config("digits", width=2, pad=1), load("digits", "unused", CPU))
+    training.begin(0)
     with Operations() as step:
-        replica.advance(0)
+        training.step(0)
     assert {"convolution", "convolution_backward"} <= step.names
     assert not step.names & asking
     with Operations() as look:
-        replica.losses[0].item()
+        training.losses[0].item()
     assert look.names & asking
+
+
+def test_a_captured_step_begins_each_epoch_anew_and_warming_up_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in for CUDA, whose capture notes a step in place of taking it, and whose replay takes it."""
+    update, capturing = Training.update, list[bool]()
+
+    class Graph:
+        training: Training
+
+        def replay(self) -> None:
+            update(self.training, self.training.positions)  # type: ignore[attr-defined]
+            self.training.positions += self.training.config.batch  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, stream: object) -> Iterator[None]:
+        capturing.append(True)
+        yield
+        capturing.clear()
+
+    def noted(training: Training, positions: torch.Tensor) -> None:
+        if capturing:
+            assert positions is training.positions  # type: ignore[attr-defined]
+            Graph.training = training
+        else:
+            update(training, positions)
+
+    stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+    for name, stand_in in {"Stream": stream, "current_stream": stream, "CUDAGraph": Graph, "graph": capture}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(Training, "update", noted)
+    config, digits = Config("digits", width=2, pad=1, batch=479), load("digits", "unused", CPU)
+    eager, captured = Training(config, digits), replicas.GraphTraining(config, digits)
+    for epoch in range(2):
+        for training in (eager, captured):
+            training.begin(epoch)
+            for i in range(3):
+                training.step(i)
+        pairs = zip((*eager.end(), *eager.momentum), (*captured.end(), *captured.momentum), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), f"epoch {epoch}"
+    states = store.tensors(eager.state()), store.tensors(captured.state())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_experiment_is_one_file_of_at_most_180_lines_that_knows_no_graph_process_attack_or_report() -> None:
+    text = Path(experiment.__file__).read_text()
+    assert len(text.splitlines()) <= 180
+    rooms = {line.split()[1] for line in text.splitlines() if line.startswith("from .")}
+    assert rooms == {".config", ".data", ".model", ".probabilities", ".runs", ".schema"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -418,15 +500,14 @@ def test_a_step_asks_the_device_for_no_value() -> None:
 def test_graphs_of_steps_equal_eager_steps_bit_for_bit(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     digits = load("digits", "unused", torch.device("cuda"))
-    eager, *captured = (loop.Replica(Config("digits", width=16, batch=25, precision=precision), digits) for _ in "123")
-    for replica in captured:
-        replica.capture()
+    config = Config("digits", width=16, batch=25, precision=precision)
+    eager, captured = Training(config, digits), [replicas.GraphTraining(config, digits) for _ in range(2)]
     for epoch in range(2):
-        for replica in (eager, *captured):
-            replica.begin(epoch)
+        for training in (eager, *captured):
+            training.begin(epoch)
         for i in range(50):
-            for replica in (eager, *captured):
-                replica.advance(i)
+            for training in (eager, *captured):
+                training.step(i)
         expected, *found = ((*r.end(), *r.model.state_dict().values(), *r.momentum) for r in (eager, *captured))
         for tensors in found:
             assert all(torch.equal(a, b) for a, b in zip(expected, tensors, strict=True)), f"epoch {epoch}"
@@ -443,8 +524,8 @@ def test_runs_by_graphs_are_those_of_eager_steps_also_when_stopped_and_resumed(
     assert main([*common, "--mode", "eager", "--out", str(tmp_path / "eager")]) == 0
     assert main([*common, *graphs, "--out", str(tmp_path / "graph")]) == 0
     with monkeypatch.context() as patch:
-        looks = iter([False, False, True] + [True] * 10)
-        patch.setattr(loop, "too_late", lambda _: next(looks))
+        looks = iter([False] * 4)  # two runs and two epochs
+        patch.setattr(runs, "any_past_deadline", lambda _: next(looks, True))
         assert main([*common, *graphs, "--out", str(tmp_path / "resumed")]) == 0
     assert main([*common, *graphs, "--out", str(tmp_path / "resumed")]) == 0
     records = sorted(path.name for path in (tmp_path / "eager").glob("*.jsonl"))
@@ -481,9 +562,9 @@ def test_max_seconds_stops_at_an_epochs_end_and_the_command_goes_on(
 ) -> None:
     clock = iter(range(0, 10**6))  # a second a look
     with monkeypatch.context() as patch:
-        patch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
-        assert main(small(tmp_path, "--max-seconds", "14")) == 0
-    assert "stopped by --max-seconds 14" in capsys.readouterr().err
+        patch.setattr(time, "perf_counter", lambda: float(next(clock)))
+        assert main(small(tmp_path, "--max-seconds", "20")) == 0
+    assert "stopped by --max-seconds 20" in capsys.readouterr().err
     record = tmp_path / "digits_lace_seed0_w1.jsonl"
     assert 0 < len(read_record(record)["epochs_log"]) < 3
     assert main(small(tmp_path)) == 0
@@ -495,11 +576,11 @@ def test_a_stop_right_after_a_checkpoint_keeps_the_generation_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stops = iter([False, False, True])
-    monkeypatch.setattr(loop, "SAVING_SHARE", math.inf)
-    monkeypatch.setattr(loop, "too_late", lambda _: next(stops))
+    monkeypatch.setattr(runs, "SAVING_SHARE", math.inf)
+    monkeypatch.setattr(runs, "any_past_deadline", lambda _: next(stops))
     assert main(small(tmp_path)) == 0
     newest = tmp_path / "digits_lace_seed0_w1.checkpoint"
-    states = [load_checkpoint(path, CPU) for path in (newest, previous(newest))]
+    states = [load_checkpoint(path, CPU) for path in (newest, previous_generation(newest))]
     assert [len(state["log"]) for state in states if state] == [2, 1]
 
 
@@ -532,7 +613,7 @@ STEADY = ["--epochs", "1", "--lr", "0.001", "--width", "2"]
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("shared")
-    return folder, torchrun(folder, small(Path("runs"), *STEADY))
+    return folder, torchrun(folder, small(Path("runs"), *STEADY, "--verbose"))
 
 
 def test_two_processes_that_share_every_batch_train_as_one(shared: tuple[Path, str], tmp_path: Path) -> None:
@@ -557,12 +638,13 @@ def steps_of_ten_and_two(rank: int, processes: int, folder: Path) -> None:
     pixels = torch.randint(0, 256, (12, 3, 32, 32), generator=random, dtype=torch.uint8)
     labels, none = torch.arange(12) % 5, torch.zeros(0)
     data = Data("random", list("abcde"), "", pixels, labels, none, none, none, none, torch.full((3, 32, 32), 0.5))
-    replica = loop.Replica(Config("random", width=2, batch=10, lr=0.001), data)
-    replica.begin(0)
+    make = SharedTraining if processes > 1 else Training
+    training = make(Config("random", width=2, batch=10, lr=0.001), data)
+    training.begin(0)
     for i in range(2):
-        replica.advance(i)
-    losses, norms, ranks = replica.end()
-    state = {**replica.model.state_dict(), "losses": losses, "norms": norms, "ranks": ranks}
+        training.step(i)
+    losses, norms, ranks = training.end()
+    state = {**training.model.state_dict(), "losses": losses, "norms": norms, "ranks": ranks}
     torch.save({key: value.clone() for key, value in state.items()}, folder / f"{rank} of {processes}")
 
 
@@ -580,7 +662,7 @@ def test_a_last_batch_of_fewer_images_than_processes_trains_as_one_process_does(
 
 def test_the_first_process_alone_has_the_files_and_speaks(shared: tuple[Path, str]) -> None:
     folder, said = shared
-    assert said.count("epoch 1/1: train loss") == 1
+    assert said.count("epoch 1/1: loss") == 1
     assert not list((folder / "1" / "runs").iterdir())
     (record,) = (folder / "0" / "runs").glob("*.jsonl")
     finished = record.read_text().splitlines(keepends=True)
@@ -617,21 +699,53 @@ def test_seeds_of_several_commands_in_one_folder_are_reported_together(
     assert json.loads(capsys.readouterr().out)["groups"][0]["arms"]["LACE"]["seeds"] == [0, 1, 2]
 
 
-def test_out_of_memory_says_how_many_replicas_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        finished = False
+@contextlib.contextmanager
+def digits_runs(out: Path, count: int, replicas: int, **settings: Any) -> Iterator[list[runs.Run]]:
+    """Runs on the digits that differ in their seeds, as a command sets them up."""
+    out.mkdir(exist_ok=True)
+    digits, config = load("digits", "unused", CPU), Config("digits", width=1, pad=1, **settings)
+    with runs.tqdm(disable=True) as bar, contextlib.ExitStack() as locks:
+        common = digits, out, {"replicas": replicas}, bar, locks, runs.Deadline(math.inf)
+        yield [runs.Run(dataclasses.replace(config, seed=seed), *common) for seed in range(count)]
 
-        def __init__(self, fits: bool) -> None:
-            self.fits = fits
 
-        def load(self) -> None:
-            if not self.fits:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+def test_runs_that_take_turns_end_with_the_bytes_of_runs_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three runs, two of them side by side; eager steps on a CPU, which only the order of the steps can change."""
+    turns, step = dict[int, list[int]](), Training.step
 
-    with pytest.raises(TrainError, match="with 4 replicas, --replicas 2 may fit"):
-        loop.train([Full(i < 2) for i in range(4)], False, 4, math.inf)  # type: ignore[misc]
-    with pytest.raises(TrainError, match="not even one replica fits"):
-        loop.train([Full(False)], False, 1, math.inf)  # type: ignore[list-item]
+    def noted(training: Training, i: int) -> None:
+        turns[at_a_time].append(training.config.seed)
+        step(training, i)
+
+    monkeypatch.setattr(Training, "step", noted)
+    for at_a_time in (1, 2):
+        turns[at_a_time] = []
+        with digits_runs(tmp_path / str(at_a_time), 3, at_a_time, epochs=2, test_every=2) as waiting:
+            replicas.train_all(waiting, Training, at_a_time, waiting[0].deadline)
+    assert turns == {1: [0] * 30 + [1] * 30 + [2] * 30, 2: [0, 1] * 30 + [2] * 30}
+    for record in (tmp_path / "1").glob("*.jsonl"):
+        other = tmp_path / "2" / record.name
+        assert figures(record)[1:] == figures(other)[1:] and "final" in read_record(other)
+        assert weights(record) == weights(other)
+
+
+@pytest.mark.parametrize(
+    ("fitting", "count", "words"),
+    [(2, 4, "with 4 replicas, --replicas 2 may fit"), (0, 1, "with 1 replicas, not even one replica fits")],
+)
+def test_out_of_memory_says_how_many_replicas_fit(tmp_path: Path, fitting: int, count: int, words: str) -> None:
+    made = list[Training]()
+
+    def make(config: Config, data: Data) -> Training:
+        if len(made) == fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        made.append(Training(config, data))
+        return made[-1]
+
+    with digits_runs(tmp_path, count, count) as waiting, pytest.raises(TrainError, match=words):
+        replicas.train_all(waiting, make, count, waiting[0].deadline)
 
 
 @pytest.mark.parametrize(
@@ -643,45 +757,44 @@ def test_out_of_memory_says_how_many_replicas_fit(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_out_of_memory_of_the_driver_and_of_libraries_is_seen_as_that(text: str) -> None:
-    assert loop.is_out_of_memory(RuntimeError(text))
-    assert not loop.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_with_replicas_checkpoints_still_take_two_percent_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A save of 0.095 s and an epoch of 1 s: two replicas save, 0.19 s, every tenth epoch."""
-    config = Config("digits", epochs=31, width=1, pad=1, batch=1437, test_every=31)
-    digits, clock, saves = load("digits", "unused", CPU), [0.0], list[int]()
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    clock, saves = [0.0], list[int]()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
-    def save(run: loop.Run) -> None:
+    def save(run: runs.Run) -> None:
         clock[0] += 0.095
         saves.append(len(run.log))
 
-    def begin(replica: loop.Replica, epoch: int) -> float:
+    def begin(training: Training, epoch: int) -> None:
         clock[0] += 0.5
-        return 0.0
 
-    monkeypatch.setattr(loop.Run, "save", save)
-    monkeypatch.setattr(loop.Replica, "begin", begin)
-    monkeypatch.setattr(loop.Replica, "advance", lambda *_: None)
-    with loop.tqdm(disable=True) as bar, contextlib.ExitStack() as locks:
-        runs = [loop.Run(dataclasses.replace(config, seed=seed), digits, tmp_path, {}, bar, locks) for seed in (0, 1)]
-        loop.train(runs, False, 2, math.inf)
+    monkeypatch.setattr(runs.Run, "save", save)
+    monkeypatch.setattr(Training, "begin", begin)
+    monkeypatch.setattr(Training, "step", lambda *_: None)
+    with digits_runs(tmp_path, 2, 2, epochs=31, batch=1437, test_every=31) as both:
+        replicas.train_all(both, Training, 2, both[0].deadline)
     assert saves == [1, 1, 11, 11, 21, 21, 31, 31]
 
 
 def test_out_of_memory_in_a_step_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(replica: loop.Replica, i: int) -> None:
-        if i == 10 and replica.epoch == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        replica.step(replica.batches[i])
+    step = Training.step
 
-    monkeypatch.setattr(loop, "SAVING_SHARE", math.inf)
-    monkeypatch.setattr(loop.Replica, "advance", full)
+    def full(training: Training, i: int) -> None:
+        if i == 10 and training.epoch == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        step(training, i)
+
+    monkeypatch.setattr(runs, "SAVING_SHARE", math.inf)
+    monkeypatch.setattr(Training, "step", full)
     assert_error(capsys, small(tmp_path), "out of memory with 1 replicas", "--width or --batch", "checkpoints are kept")
     state = load_checkpoint(tmp_path / "digits_lace_seed0_w1.checkpoint", CPU)
     assert state is not None and len(state["log"]) == 1
@@ -702,11 +815,11 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     def stop(seed: int, epoch: int, n: int, pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if epoch == 2:
             raise KeyboardInterrupt
-        return draws(seed, epoch, n, pad)
+        return draw(seed, epoch, n, pad)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "draws", stop)
-        patch.setattr(loop, "SAVING_SHARE", math.inf)  # a checkpoint every epoch
+        patch.setattr(experiment, "draw", stop)
+        patch.setattr(runs, "SAVING_SHARE", math.inf)  # a checkpoint every epoch
         assert main(small(tmp_path)) == 130
     assert f"--out {tmp_path}" in capsys.readouterr().err
     return tmp_path
@@ -748,7 +861,7 @@ def test_two_damaged_generations_are_an_error_that_changes_nothing(
     interrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = interrupted / "digits_lace_seed0_w1.checkpoint"
-    for file in (checkpoint, previous(checkpoint)):
+    for file in (checkpoint, previous_generation(checkpoint)):
         file.write_bytes(file.read_bytes()[:1000])
     before = {file.name: file.read_bytes() for file in interrupted.iterdir()}
     assert_error(capsys, small(interrupted), "damaged", str(checkpoint))
@@ -794,8 +907,8 @@ def test_a_gradient_that_is_not_finite_stops_and_the_checkpoint_before_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     norms = iter([1.0] * 20 + [math.inf] * 100)  # 15 steps an epoch
-    monkeypatch.setattr(loop, "get_total_norm", lambda _: torch.tensor(next(norms)))
-    monkeypatch.setattr(loop, "SAVING_SHARE", math.inf)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda _: torch.tensor(next(norms)))
+    monkeypatch.setattr(runs, "SAVING_SHARE", math.inf)
     assert_error(capsys, small(tmp_path), "the gradient's norm is inf in epoch 2, step 6 of 15", "checkpoint is kept")
     state = load_checkpoint(tmp_path / "digits_lace_seed0_w1.checkpoint", CPU)
     assert state is not None and len(state["log"]) == 1
@@ -864,13 +977,13 @@ def test_every_run_of_a_command_is_locked_before_its_files_are_read(
 def test_a_finished_run_is_no_longer_locked_while_the_command_trains_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    locked, begin = list[list[bool]](), loop.Run.begin
+    locked, begin = list[list[bool]](), Training.begin
 
-    def look(run: loop.Run) -> None:
+    def look(training: Training, epoch: int) -> None:
         locked.append([is_locked(tmp_path / f"digits_lace_seed{seed}_w1.lock") for seed in (0, 1)])
-        begin(run)
+        begin(training, epoch)
 
-    monkeypatch.setattr(loop.Run, "begin", look)
+    monkeypatch.setattr(Training, "begin", look)
     assert main(small(tmp_path, "--seeds", "0-1", "--epochs", "2")) == 0
     assert locked == [[True, True]] * 2 + [[False, True]] * 2
 
@@ -986,7 +1099,7 @@ def assert_error(capsys: pytest.CaptureFixture[str], arguments: list[str], *word
         (["--mode", "graph"], ["--mode graph", "CUDA"]),
         (["--replicas", "2"], ["--replicas 2", "--mode graph"]),
         (["--loss", "hinge"], ["--loss", "'hinge'"]),
-        (["--batch", "4"], ["two images", "1437"]),
+        (["--batch", "4"], ["1437 images in batches of 4", "a last batch of one"]),
         (["--data", "no/such"], ["no/such", "train/ and test/"]),
         (["--nonsense"], ["--nonsense"]),
     ],
@@ -997,6 +1110,16 @@ def test_a_wrong_argument_is_named_with_its_rule(
 ) -> None:
     assert_error(capsys, ["--out", str(tmp_path), *SMALL, *arguments], *words)
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("command", [[], ["report"], ["export"]], ids=str)
+def test_help_names_every_setting_and_exits_with_0(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    names = {field.name for field in dataclasses.fields(Config)} - {"data", "loss", "seed"}
+    assert all(f"--{name.replace('_', '-')}" in said for name in names) or command
 
 
 def test_seeds_are_ranges_lists_and_numbers() -> None:
@@ -1125,7 +1248,7 @@ def test_an_export_without_weights_or_of_an_unfinished_run_is_an_error(
     other = (interrupted / name).with_suffix(".checkpoint")
     (alone / other.name).write_bytes(other.read_bytes())
     for arguments in (["export", str(alone / name)], ["report", str(alone), "--attack"]):
-        assert_error(capsys, arguments, str(alone / other.name), "not of the run", name)
+        assert_error(capsys, arguments, str(alone / other.name), "does not belong to the run recorded in", name)
 
 
 # --- attacks ----------------------------------------------------------------------------------------------------------
@@ -1354,7 +1477,7 @@ def test_a_finished_runs_checkpoint_must_be_of_its_header_and_hold_its_model(
     for change, words in [
         (with_header("lr", 0.05), "lr = 0.05, not 0.1"),
         (with_header("data_sha256", "0"), "data_sha256 = '0'"),
-        (with_row("train_loss", 1.0), "went otherwise"),
+        (with_row("train_loss", 1.0), "their logs differ"),
         (with_tensor("model", "head.weight", lambda t: t[:5]), "its head.weight is (5, 8) torch.float32"),
     ]:
         state = copy.deepcopy(right)

@@ -24,10 +24,13 @@ UNDERFLOW = 0.57 * 2 + 1
 CANCELLED = 2.0**-90
 
 # The kernel's rows with targets in several classes, in units of half an ulp at worst, one a rounding. e^d 1.1 (0.55
-# ulp), 1 / sum 1, so q 3.1; r = 1 - q, from q <= 1/2, 4.1; n 2; (1-s) + s r 6.1; f 9.1; a = ((1-e) y + e/C) w 4;
-# a f 14.1; their sum 15.1. a K 14.1; q (sum a K - a K) - r a K at most 36 of the terms' size, 41 of the sum of a, as
-# K <= 1 + e^-2. Relative to the loss, and to the sum of a.
+# ulp), d 1, a = ((1-e) y + e/C) w 4, and 2 more wherever terms are added up in fours. Loss: a sum of a (1 - s q) n with
+# q <= 1/2, so that of a n, at most twice as large, only what a n does not share with a q n counts double: a d 6, the
+# sums of a and a d 4, of a e d 4.1, the loss 1. Gradient, relative to q sum of |a K| + |a K|: the sum of a K 11.6, with
+# grad_output and 1/sum 13.6, q times it 16.7; K 8.2, a K 15.2; 3 where a is near the smallest normal number. That is at
+# most 41 of the sum of |a|, as K <= 1 + e^-2.
 ROUNDINGS = {"loss": 16, "gradient": 41}
+ROUNDINGS_OF_TERMS = 20
 
 # scipy's log_softmax, times 2^-53 (C + n): the arguments' roundings move each exponential by at most 1/e of a unit, exp
 # is good to 2, a sum of C adds C - 1, log 2 log C, and z - max and the last subtraction 2 n: 1.4 C + 1 + 4 n in all.
@@ -57,3 +60,10 @@ POSTERIOR_CANCELLED = 2.0**-90
 
 # scipy's softmax relative to the exact one, times 2^-53 (C + n): as LOG_SOFTMAX, whose error is this one's logarithm.
 SOFTMAX = LOG_SOFTMAX
+
+# Probabilities at a minimum of scipy's BFGS: it stops where the gradient is below 1e-9, or where the loss, which
+# is flat there, no longer changes in float64: about sqrt(2^-52) away.
+MINIMUM = 2e-6
+
+# Constants of ref/THEORY.md, given with so many digits: half a unit of the last one.
+ROUNDED_4, ROUNDED_6 = 0.5e-4, 0.5e-6

@@ -23,10 +23,13 @@ try:
     from .attack import attack, sizes
     from .config import DIGITS, Config, TrainError
     from .data import load
+    from .experiment import Training
     from .export import export
-    from .loop import Run, train
-    from .processes import from_all, is_another_process, is_out_of_memory
-    from .report import record_files, report
+    from .processes import gather_objects, in_turn, is_first_process, is_out_of_memory, join_processes
+    from .replicas import GraphTraining, train_all
+    from .report import record_files, report, what_was_seen
+    from .runs import Deadline, Run
+    from .shared import SharedTraining
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -43,17 +46,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def seeds(text: str) -> list[int]:
-    """The numbers meant by `0-4`, `0,2,5` or `3`, in order."""
-    found: list[int] = []
+    """Numbers meant by `0-4`, `0,2,5` or `3`, in order."""
+    chosen: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         numbers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-        if not numbers or len(numbers) + len(found) > 10_000 or set(numbers) & set(found):
+        if not numbers or len(numbers) + len(chosen) > 10_000 or set(numbers) & set(chosen):
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not a list of at most 10,000 different seeds such as 0-4, 0,2,5 or 3"
             )
-        found += numbers
-    return found
+        chosen += numbers
+    return chosen
 
 
 def parser() -> Parser:
@@ -65,18 +68,19 @@ def parser() -> Parser:
     top.add_argument("--out", type=Path, default="runs", help="folder of records, checkpoints and curves; default runs")
     top.add_argument("--root", default="data", help="where cifar100 lies or is downloaded to; default data")
     top.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default cuda if there is one")
-    top.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default %(default)s")
+    top.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads; default %(default)s")
     top.add_argument(
         "--mode", choices=("graph", "eager"), help="whole steps as CUDA graphs; default where there is a GPU"
     )
     top.add_argument("--replicas", type=int, help="runs side by side on one GPU, in --mode graph; default 4 there")
     top.add_argument("--max-seconds", type=float, default=math.inf, help="end after the last epoch that fits")
+    top.add_argument("--verbose", action="store_true", help="a line for every epoch")
     recipe = top.add_argument_group("recipe", "defaults are the paper's, in brackets those of --data digits")
     for f in fields(Config):
         if f.name not in ("data", "loss", "seed"):
             kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
             digits = f" [{DIGITS[f.name]}]" if f.name in DIGITS else ""
-            meaning = f"{f.metadata['help']}; {f.default}{digits}"
+            meaning = f"{f.metadata['help']}; {f.default}{digits}".replace("%", "%%")  # argparse formats it
             recipe.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=meaning, **kind)
     commands = top.add_subparsers(dest="command", metavar="report|export")
     onnx = commands.add_parser("export", help="a finished run's model as ONNX, beside its record")
@@ -95,7 +99,7 @@ def parser() -> Parser:
 
 
 def machine(args: argparse.Namespace) -> tuple[torch.device, bool]:
-    """The device, and whether steps run as graphs on it; joins the other processes where torchrun started them."""
+    """Device, and whether steps run as graphs on it; joins the other processes where torchrun started them."""
     for option in ("threads", "replicas"):
         if getattr(args, option) is not None and not 1 <= getattr(args, option) <= 1024:
             raise TrainError(f"--{option} must be at least 1 and at most 1024, got {getattr(args, option)}")
@@ -108,51 +112,49 @@ def machine(args: argparse.Namespace) -> tuple[torch.device, bool]:
     kind = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
     if args.device == "cuda" != kind:
         raise TrainError("--device cuda: torch sees no CUDA device")
-    processes = dist.is_torchelastic_launched()
-    graph = args.mode == "graph" or (args.mode is None and kind == "cuda" and not processes)
+    several = dist.is_torchelastic_launched()
+    graph = args.mode == "graph" or (args.mode is None and kind == "cuda" and not several)
     if graph and kind == "cpu":
         raise TrainError("--mode graph needs a CUDA device, and torch sees none or --device is cpu")
-    if graph and processes:
-        raise TrainError("--mode graph is of one process, and torchrun started several")
-    if processes:
-        if kind == "cuda":
-            place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if place >= gpus:
-                raise TrainError(f"process {place} of this machine has no GPU: --nproc-per-node is at most {gpus} here")
-            torch.cuda.set_device(place)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    if graph and several:
+        raise TrainError("--mode graph runs in one process, but torchrun started several")
+    if several:
+        join_processes(kind)
     return torch.device(kind), graph
 
 
-def experiment(args: argparse.Namespace, command: str) -> list[Path]:
-    """Every run that the flags ask for; the paths of their records."""
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args and f.name not in ("data", "loss")}
-    if "epochs" in given:
+def configurations(args: argparse.Namespace, kind: str) -> list[Config]:
+    """Settings of every run that the flags ask for, on this kind of device."""
+    names = {f.name for f in fields(Config)} - {"data", "loss"}
+    options = {name: value for name, value in vars(args).items() if name in names}
+    if "epochs" in options:
         # Quarters, as in the paper, starve a short run: 45.3 % in place of 39.8 % top-5 error (README).
-        share = 0.45 if given["epochs"] < 100 else 0.25
-        given.setdefault("lr_step", math.ceil(share * given["epochs"]))
-    device, graph = machine(args)
-    if device.type == "cuda":
-        given.setdefault("precision", "bfloat16")
-    recipe = (DIGITS if args.data == "digits" else {}) | given
+        share = 0.45 if options["epochs"] < 100 else 0.25
+        options.setdefault("lr_step", math.ceil(share * options["epochs"]))
+    if kind == "cuda":
+        options.setdefault("precision", "bfloat16")
+    recipe = (DIGITS if args.data == "digits" else {}) | options
     losses = ("ce", "lace") if args.loss == "both" else (args.loss,)
     # The strength of LACE is no setting of the others, whose records serve beside LACE of every strength.
     fixed: dict[str, dict[str, Any]] = {"ce": {"strength": 0.0}, "lace": {}, "focal": {"strength": 1.0}}
     name = Path(args.data).resolve().name
     configs = [Config(name, loss, seed, **(recipe | fixed[loss])) for seed in args.seeds for loss in losses]
-    configs[0].require_device(device.type)
+    configs[0].require_device(kind)
+    return configs
+
+
+def experiment(args: argparse.Namespace, command: str) -> list[Path]:
+    """Run every configuration that the flags ask for, and return the paths of the records."""
+    device, graph = machine(args)
+    configs = configurations(args, device.type)
+    config = configs[0]
     args.out.mkdir(parents=True, exist_ok=True)
-    shared = dist.is_initialized() and args.data == "cifar100"  # the first process of a machine may have to download
-    first = shared and os.environ["LOCAL_RANK"] == "0"
-    if shared and not first:
-        dist.barrier()
-    data = load(args.data, args.root, device, configs[0].shrink, configs[0].subset)
-    if first:
-        dist.barrier()
-    if len(set(from_all(data.sha256))) > 1:
+    first_downloads = args.data == "cifar100"
+    data = in_turn(lambda: load(args.data, args.root, device, config.shrink, config.subset), first_downloads)
+    if len(set(gather_objects(data.sha256))) > 1:
         raise TrainError(f"--data {args.data} is not the same for all processes")
-    if graph and len(data.images) % configs[0].batch:
-        uneven = f"--batch {configs[0].batch} does not divide {len(data.images)} images"
+    if graph and len(data.images) % config.batch:
+        uneven = f"--batch {config.batch} does not divide {len(data.images)} images"
         if args.mode == "graph":
             raise TrainError(f"--mode graph: {uneven}")
         print(f"{uneven}: --mode eager", file=sys.stderr)
@@ -160,15 +162,14 @@ def experiment(args: argparse.Namespace, command: str) -> list[Path]:
     replicas = args.replicas or (4 if graph else 1)
     if replicas > 1 and not graph:
         raise TrainError(f"--replicas {replicas} needs --mode graph: eager steps do not run side by side")
-    made = {"mode": "graph" if graph else "eager", "replicas": replicas, "command": command}
-    images = len(configs) * configs[0].epochs * len(data.images)
-    hidden = True if is_another_process() else None
-    with (
-        tqdm(total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=hidden) as bar,
-        ExitStack() as locks,
-    ):
-        runs = [Run(config, data, args.out, made, bar, locks) for config in configs]
-        train(runs, graph, replicas, args.max_seconds)
+    make = GraphTraining if graph else SharedTraining if dist.is_initialized() else Training
+    invocation = {"mode": "graph" if graph else "eager", "replicas": replicas, "command": command}
+    deadline, images = Deadline(args.max_seconds), len(configs) * config.epochs * len(data.images)
+    hidden = None if is_first_process() else True  # None: where stderr is no terminal
+    bar = tqdm(total=images, unit=" img", unit_scale=True, dynamic_ncols=True, disable=hidden)
+    with bar, ExitStack() as locks:
+        runs = [Run(c, data, args.out, invocation, bar, locks, deadline, args.verbose) for c in configs]
+        train_all(runs, make, replicas, deadline)
     return [run.record_path for run in runs if run.record_path.exists()]
 
 
@@ -185,16 +186,17 @@ def main(arguments: list[str]) -> int:
             report(args.records, args.json)
         else:
             records = experiment(args, command)
-            if not is_another_process():
-                report(records)
+            if is_first_process():
+                (summary,) = report(records)  # the runs of a command share data and recipe
+                print(f"\n{what_was_seen(summary)}")
     except (TrainError, OSError) as error:
-        return failed(error)
+        return print_error(error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return failed(f"out of memory: {error}")
+        return print_error(f"out of memory: {error}")
     except KeyboardInterrupt:
-        if not is_another_process():
+        if is_first_process():
             print(f"stopped; the same command goes on from the last checkpoint: {command}", file=sys.stderr)
         return 130
     finally:
@@ -203,7 +205,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def failed(why: object) -> int:
+def print_error(why: object) -> int:
     # One write: torchrun's processes share the stream, and print writes each argument by itself.
     sys.stderr.write(f"error: {' '.join(str(why).split())}\n")
     return 2

@@ -16,22 +16,23 @@ from lace_loss.ext.torch import lace_loss
 
 from .config import TrainError
 from .data import Data, load, normalised
+from .experiment import evaluation_logits, figures
 from .lock import owned
-from .loop import evaluation_logits, figures, logits_of, network
-from .store import finished_checkpoint, load_weights, record_lines, write_record
+from .model import logits_of, network
+from .store import finished_checkpoint, record_lines, restore, write_record
 
 STEPS = 10  # of PGD, each a quarter of the size of the attack
 
 
 def sizes(text: str) -> list[float]:
-    """The largest changes of a pixel, of 255, meant by `0.5,1,2`."""
+    """Largest changes of a pixel, of 255, meant by `0.5,1,2`."""
     try:
-        found = [float(part) for part in text.split(",")]
+        largest = [float(part) for part in text.split(",")]
     except ValueError:
-        found = [math.nan]
-    if not all(0 < size < math.inf for size in found) or len(set(found)) < len(found):
+        largest = [math.nan]
+    if not all(0 < size < math.inf for size in largest) or len(set(largest)) < len(largest):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of different positive, finite sizes such as 0.5,1,2")
-    return found
+    return largest
 
 
 def attack(files: list[Path], largest: list[float], data: str, root: str, device: torch.device) -> None:
@@ -53,14 +54,14 @@ def attack(files: list[Path], largest: list[float], data: str, root: str, device
             continue
         with owned(file):
             header, log, final = record_lines(file)
-            form = (header["shrink"], header["subset"])
-            images = loaded[form] = loaded.get(form) or load(data, root, device, *form)
+            settings = header["shrink"], header["subset"]
+            images = loaded[settings] = loaded.get(settings) or load(data, root, device, *settings)
             if images.sha256 != header["data_sha256"]:
-                other = f"its data_sha256 is {header['data_sha256']}"
-                raise TrainError(f"{file} is of other data than --data {data}: {other}")
+                sha256 = header["data_sha256"]
+                raise TrainError(f"{file} belongs to other data than --data {data}: its data_sha256 is {sha256}")
             state, precision = finished_checkpoint(file, header, log, device), header["precision"]
             model = network(header["width"], images)
-            load_weights(file.with_suffix(".checkpoint"), state, model)
+            restore(file.with_suffix(".checkpoint"), {"model": state["model"]}, {"model": model.state_dict()})
             model.eval()
             for name, (size, steps) in attacks.items():
                 if name in final["sets"]:
@@ -70,8 +71,8 @@ def attack(files: list[Path], largest: list[float], data: str, root: str, device
                 changed = torch.cat([adversarial(model, x, y, images.mean, size, steps, precision) for x, y in parts])
                 logits = evaluation_logits(model, changed, images.mean, precision)
                 final["sets"][name] = figures(logits, images.test_labels)
-                found = final["sets"][name]["top1_error"]
-                print(f"{file.stem}: {found:.2f} % top-1 error under {name}", file=sys.stderr)
+                error = final["sets"][name]["top1_error"]
+                print(f"{file.stem}: {error:.2f} % top-1 error under {name}", file=sys.stderr)
             write_record(file, header, log, final)
 
 

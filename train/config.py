@@ -1,6 +1,7 @@
 """Every setting of a run, and the one exception for what its user can put right."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,58 +25,47 @@ class Config:
 
     data: str = setting("cifar100", "digits, cifar100, or the name of an image folder")
     loss: str = setting("lace", "ce, lace, or focal: torch's (1 - exp(-ce)) * ce, to see whether numerics matter")
-    seed: int = setting(0, "of the initial weights, the order of the images, crops and flips")
+    seed: int = setting(0, "seed of the initial weights, the order of the images, crops and flips")
     width: int = setting(64, "channels of the first stage")
     strength: float = setting(1.0, "strength of LACE: 1 is the paper's, 0 is cross entropy")
     epochs: int = setting(200, "passes over the training images")
     batch: int = setting(100, "images a step")
     lr: float = setting(0.1, "learning rate at the start")
-    schedule: str = setting("steps", "of the learning rate: steps, or triangle: to twice --lr in 15 %, then to 0")
+    schedule: str = setting("steps", "learning rate schedule: steps, or triangle: to twice --lr in 15 %, then to 0")
     lr_step: int = setting(50, "epochs between drops; a quarter of --epochs where that is given, 0.45 of less than 100")
     lr_drop: float = setting(0.1, "factor of each drop")
-    momentum: float = setting(0.9, "of SGD")
-    weight_decay: float = setting(5e-4, "of SGD, on every parameter")
+    momentum: float = setting(0.9, "SGD momentum")
+    weight_decay: float = setting(5e-4, "SGD weight decay, on every parameter")
     pad: int = setting(4, "pixels of zeros around an image before the random crop")
     flip: bool = setting(True, "mirror every other image at random")
     precision: str = setting("float32", "float32, or bfloat16 (default on a GPU) but for weights, sums, head and loss")
     shrink: int = setting(1, "side of the blocks of pixels that are replaced by their mean")
-    subset: int = setting(0, "train on so many images, as many of each class, and test on the rest too; 0 is all")
+    subset: int = setting(0, "training images, the same number from each class; the rest is tested, too; 0 is all")
     test_every: int = setting(1, "epochs between tests; the last epoch is always tested")
 
     def __post_init__(self) -> None:
         for name in ("lr", "lr_drop", "momentum", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise TrainError(f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(self, name)}")
-        if self.batch == 1:
-            raise TrainError("--batch must be at least 2: batch normalisation needs two images")
-        for name, choices in (
-            ("loss", ("ce", "lace", "focal")),
-            ("precision", ("float32", "bfloat16")),
-            ("schedule", ("steps", "triangle")),
-        ):
-            if getattr(self, name) not in choices:
-                raise TrainError(f"--{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
-        for names, least in (("width epochs batch lr_step shrink test_every", 1), ("pad subset", 0)):
-            for name in names.split():
-                if not least <= getattr(self, name) <= MOST:
-                    rule = f"at least {least} and at most {MOST}"
-                    raise TrainError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(self, name)}")
-        if not self.data.isprintable():
-            raise TrainError(f"--data must have a name of printable characters, got {self.data!r}")
-        if not 0 <= self.strength <= 1:
-            raise TrainError(f"--strength must be in [0, 1], got {self.strength}")
+            self.require(name, lambda x: 0 <= x < math.inf, "be at least 0 and finite")
+        self.require("batch", lambda x: x != 1, "be at least 2, which batch normalisation needs")
+        self.require("loss", lambda x: x in ("ce", "lace", "focal"), "be ce or lace or focal")
+        self.require("precision", lambda x: x in ("float32", "bfloat16"), "be float32 or bfloat16")
+        self.require("schedule", lambda x: x in ("steps", "triangle"), "be steps or triangle")
+        for name in ("width", "epochs", "batch", "lr_step", "shrink", "test_every"):
+            self.require(name, lambda x: 1 <= x <= MOST, f"be at least 1 and at most {MOST}")
+        for name in ("pad", "subset"):
+            self.require(name, lambda x: 0 <= x <= MOST, f"be at least 0 and at most {MOST}")
+        self.require("data", str.isprintable, "have a name of printable characters")
+        self.require("strength", lambda x: 0 <= x <= 1, "be in [0, 1]")
+
+    def require(self, name: str, follows: Callable[[Any], bool], rule: str) -> None:
+        """Raise TrainError, which names the flag, the rule and the value, unless the setting follows the rule."""
+        if not follows(value := getattr(self, name)):
+            raise TrainError(f"--{name.replace('_', '-')} must {rule}, got {value!r}")
 
     def require_device(self, kind: str) -> None:
         """Refuse bfloat16 on a CPU that would only imitate it, several times slower than float32."""
         if self.precision == "bfloat16" and kind == "cpu" and not torch.cpu._is_avx512_bf16_supported():
             raise TrainError("--precision bfloat16: this processor has no avx512_bf16; use float32")
-
-    def learning_rate(self, epoch: int, step: int, steps: int) -> float:
-        """Of this step, of so many an epoch; epochs and steps count from 0."""
-        if self.schedule == "steps":
-            return self.lr * self.lr_drop ** (epoch // self.lr_step)
-        done = (epoch + (step + 0.5) / steps) / self.epochs  # the middle of the step: no step has a rate of 0
-        return 2 * self.lr * min(done / 0.15, (1 - done) / 0.85)
 
 
 # 8x8 pixels: one is the eighth that 4 of 32 are. A mirrored digit is another sign or none.

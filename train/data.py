@@ -40,6 +40,12 @@ class Data:
     def classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def sets(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Images and labels by the name of the set, which a finished run is tested on."""
+        sets = {"test": (self.test_images, self.test_labels), "train": (self.images, self.labels)}
+        return sets | ({"unused": (self.unused_images, self.unused_labels)} if len(self.unused_images) else {})
+
 
 def normalised(images: Tensor, mean: Tensor) -> Tensor:
     return images.to(torch.float32, copy=True).div_(255).sub_(mean)
@@ -61,7 +67,7 @@ def flip(images: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
-def draws(seed: int, epoch: int, n: int, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw(seed: int, epoch: int, n: int, pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """Order (n,), crop offsets (n, 2) and flips (n,) bool of an epoch.
 
     A function of seed and epoch alone, so that a resumed run needs no state of a random generator.
@@ -72,7 +78,7 @@ def draws(seed: int, epoch: int, n: int, pad: int) -> tuple[Tensor, Tensor, Tens
 
 
 def load(data: str, root: str, device: torch.device, shrink: int = 1, subset: int = 0) -> Data:
-    """`digits`, `cifar100` (below `root`, downloaded when missing), or a folder with train/ and test/.
+    """Load `digits`, `cifar100` (below `root`, downloaded when missing), or a folder with train/ and test/.
 
     Raises TrainError for a folder that is missing or not laid out so, images of several sizes, a failed download, and
     images that cannot be shrunk or chosen as asked.
@@ -85,7 +91,7 @@ def load(data: str, root: str, device: torch.device, shrink: int = 1, subset: in
         arrays, class_names = folder(Path(data))
     images, labels, test_images, test_labels = arrays
     images, test_images = block_means(images, shrink), block_means(test_images, shrink)
-    chosen = balanced(labels, subset)
+    chosen = subset_mask(labels, subset)
     arrays = [images[chosen], labels[chosen], test_images, test_labels, images[~chosen], labels[~chosen]]
     arrays = [np.ascontiguousarray(array) for array in arrays]
     digest = hashlib.sha256()
@@ -107,7 +113,7 @@ def block_means(images: np.ndarray, side: int) -> np.ndarray:
     return np.rint(blocks.mean((3, 5), dtype=np.float32)).astype(np.uint8)
 
 
-def balanced(labels: np.ndarray, subset: int) -> np.ndarray:
+def subset_mask(labels: np.ndarray, subset: int) -> np.ndarray:
     """Which samples (N,) bool the subset holds: the first ones of every class, as many of each; all if it is 0."""
     if subset == 0:
         return np.ones(len(labels), bool)
@@ -118,9 +124,9 @@ def balanced(labels: np.ndarray, subset: int) -> np.ndarray:
             f"--subset must be a multiple of the {len(counts)} classes and at most {len(counts) * counts.min()},"
             f" because one has {counts.min()} images; got {subset}"
         )
-    place = np.empty_like(by_class)  # of each sample in its class
-    place[by_class] = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
-    return place < share
+    index_in_class = np.empty_like(by_class)
+    index_in_class[by_class] = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
+    return index_in_class < share
 
 
 Arrays = list[np.ndarray]  # images and labels for training, then for testing
@@ -149,7 +155,7 @@ def cifar100(root: str) -> tuple[Arrays, list[str]]:
 
 
 def folder(path: Path) -> tuple[Arrays, list[str]]:
-    """The image folder's arrays and the names of its classes, in the order of their numbers."""
+    """Arrays of an image folder, and the names of its classes in the order of their numbers."""
     parts = []
     for split in ("train", "test"):
         if not (path / split).is_dir():
@@ -163,13 +169,13 @@ def folder(path: Path) -> tuple[Arrays, list[str]]:
     for having, lacking in (("test", "train"), ("train", "test")):
         if missing := sorted(both[having] - both[lacking]):
             raise TrainError(f"{path / having} has classes that {path / lacking} lacks: {', '.join(missing)}")
-    found: list[np.ndarray] = []
+    arrays: list[np.ndarray] = []
     for file, _ in tqdm(train + test, desc=f"reading {path.name}", unit=" images", disable=None):
-        size = found[0].shape[1::-1] if found else None
+        size = arrays[0].shape[1::-1] if arrays else None
         try:
-            found.append(pixels(file, "RGB", size, "the images before it"))
+            arrays.append(pixels(file, "RGB", size, "the images before it"))
         except ValueError as error:
             raise TrainError(str(error)) from error
-    images, labels = np.stack(found).transpose(0, 3, 1, 2), np.array([label for _, label in train + test])
+    images, labels = np.stack(arrays).transpose(0, 3, 1, 2), np.array([label for _, label in train + test])
     n = len(train)
     return [images[:n], labels[:n], images[n:], labels[n:]], classes

@@ -20,28 +20,28 @@ from lace_loss import ext
 from .images import image_files, pixels
 
 
-def loaded(model: Path) -> Any:
-    """The session of a model as `export` writes it. Raises ValueError for any other file."""
+def open_model(model: Path) -> Any:
+    """Open a model as `export` writes it. Raises ValueError for any other file."""
     import onnxruntime
 
     try:
         session = onnxruntime.InferenceSession(model)
     except Exception as error:  # onnxruntime's have no base of their own
         raise ValueError(f"{model} is no model that onnxruntime reads: {error}") from error
-    given, made = ([(x.type, x.shape) for x in values] for values in (session.get_inputs(), session.get_outputs()))
-    match given, made:
+    inputs, outputs = ([(x.type, x.shape) for x in xs] for xs in (session.get_inputs(), session.get_outputs()))
+    match inputs, outputs:
         case [("tensor(uint8)", [str() | None, 1 | 3, int(), int()])], [("tensor(float)", [str() | None, int()])]:
             return session
     raise ValueError(
-        f"{model} has inputs {given} and outputs {made}; a model by `export` has one input, tensor(uint8) of"
+        f"{model} has inputs {inputs} and outputs {outputs}; a model by `export` has one input, tensor(uint8) of"
         " [any number, 1 or 3 channels, height, width], and one output, tensor(float) of [any number, classes]"
     )
 
 
 def logits_of(model: Path, session: Any, files: list[Path]) -> np.ndarray:
-    """(N, classes), 100 images at a time. Raises ValueError for a wrong model or image."""
-    (given,) = session.get_inputs()
-    _, channels, height, width = given.shape
+    """Logits (N, classes), 100 images at a time. Raises ValueError for a wrong model or image."""
+    (pixel_input,) = session.get_inputs()
+    _, channels, height, width = pixel_input.shape
     mode, size = "L" if channels == 1 else "RGB", (width, height)
     blocks = []
     for start in range(0, len(files), 100):
@@ -49,7 +49,7 @@ def logits_of(model: Path, session: Any, files: list[Path]) -> np.ndarray:
         images = np.stack([pixels(file, mode, size, "the model's images") for file in part])
         images = images.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
         try:
-            (logits,) = session.run(None, {given.name: images})
+            (logits,) = session.run(None, {pixel_input.name: images})
         except Exception as error:
             raise ValueError(f"{model} fails on {len(part)} images from {part[0]} on: {error}") from error
         if logits.ndim != 2 or len(logits) != len(part):
@@ -60,7 +60,7 @@ def logits_of(model: Path, session: Any, files: list[Path]) -> np.ndarray:
     return np.concatenate(blocks)
 
 
-def refuse_other_names(model: Path, session: Any, folder: Path, names: list[str]) -> None:
+def require_class_names(model: Path, session: Any, folder: Path, names: list[str]) -> None:
     """Raises ValueError unless the folder's classes are called as the model says, if it does."""
     text = session.get_modelmeta().custom_metadata_map.get("class_names")
     if text is None:
@@ -79,15 +79,15 @@ def refuse_other_names(model: Path, session: Any, folder: Path, names: list[str]
 
 
 def evaluation(model: Path, folder: Path) -> ext.Evaluation:
-    """Raises OSError or ValueError for what cannot be used."""
+    """Figures of the model on the folder. Raises OSError or ValueError for what cannot be used."""
     names, images = image_files(folder)
     if not model.is_file():
         raise ValueError(f"there is no file {model}")
-    session = loaded(model)
+    session = open_model(model)
     logits = logits_of(model, session, [file for file, _ in images])
     if logits.shape[1] != len(names):
         raise ValueError(f"{folder} has {len(names)} classes, the model {logits.shape[1]}")
-    refuse_other_names(model, session, folder, names)
+    require_class_names(model, session, folder, names)
     return ext.evaluate(logits, np.array([label for _, label in images]), strength=0.0)
 
 
@@ -102,14 +102,14 @@ def main(arguments: list[str]) -> int:
     top.add_argument("folder", type=Path, metavar="FOLDER")
     args = top.parse_args(arguments)
     try:
-        found = evaluation(args.model, args.folder)
+        result = evaluation(args.model, args.folder)
     except ModuleNotFoundError as error:
         print(f"error: {top.prog} needs {error.name}: pip install onnxruntime pillow", file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(json.dumps(asdict(found)))
+    print(json.dumps(asdict(result)))
     return 0
 
 

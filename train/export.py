@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from .config import TrainError
 from .lock import owned
 from .model import ResNet18
-from .store import finished_checkpoint, load_weights, record_lines, write
+from .store import finished_checkpoint, record_lines, restore, write
 
 
 class FromPixels(nn.Module):
@@ -39,14 +39,14 @@ def export(record_path: Path) -> Path:
     """
     header, log, final = record_lines(record_path)
     if not final:
-        raise TrainError(f"{record_path} is of a run that is not finished")
+        raise TrainError(f"{record_path} belongs to a run that is not finished")
     path = record_path.with_suffix(".onnx")
     with owned(record_path):
         state = finished_checkpoint(record_path, header, log, torch.device("cpu"))
         mean, shrink = state["mean"], header["shrink"]
         channels, height, width = mean.shape
         model = ResNet18(header["width"], header["classes"], channels)
-        load_weights(record_path.with_suffix(".checkpoint"), state, model)
+        restore(record_path.with_suffix(".checkpoint"), {"model": state["model"]}, {"model": model.state_dict()})
         whole = FromPixels(model, mean, shrink).eval()
         images = torch.zeros(2, channels, height * shrink, width * shrink, dtype=torch.uint8)
         try:

@@ -9,7 +9,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 
 
 def image_files(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """The names of the classes, in order, and every image with the number of its class.
+    """Names of the classes, in order, and every image with the number of its class.
 
     Each folder is a class. Its images are the files below it, at any depth, whose names end with one of SUFFIXES.
     Names that begin with a dot are left out: systems and editors put hidden files and folders there. Raises ValueError
@@ -22,16 +22,16 @@ def image_files(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     for label, name in enumerate(classes):
         walked = sorted(os.walk(folder / name, followlinks=True))
         below = [Path(at) / file for at, _, files in walked for file in sorted(files)]
-        seen = [file for file in below if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-        found = [file for file in seen if file.suffix.lower() in SUFFIXES]
-        if not found:
+        shown = [file for file in below if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+        of_class = [file for file in shown if file.suffix.lower() in SUFFIXES]
+        if not of_class:
             raise ValueError(f"there is no image in {folder / name}: no name ends with {', '.join(SUFFIXES)}")
-        images += [(file, label) for file in found]
+        images += [(file, label) for file in of_class]
     return classes, images
 
 
 def pixels(file: Path, mode: str, size: tuple[int, int] | None, whose: str) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8 in Pillow's mode "L" or "RGB".
+    """Pixels (H, W) or (H, W, 3) uint8 in Pillow's mode "L" or "RGB".
 
     Raises ValueError for a file that is no image, or one of another `size` (width, height) than `whose` images have.
     """
@@ -39,10 +39,10 @@ def pixels(file: Path, mode: str, size: tuple[int, int] | None, whose: str) -> n
 
     try:
         with Image.open(file) as image:
-            found = image.size
-            if size in (None, found):
+            width, height = image.size
+            if size in (None, (width, height)):
                 return np.asarray(image.convert(mode))
     except Exception as error:  # Pillow has one for most of the formats, and one for an image that is too large
         raise ValueError(f"{file} is not an image: {error}") from error
     assert size is not None
-    raise ValueError(f"{file} is {found[0]}x{found[1]} pixels, {whose} {size[0]}x{size[1]}")
+    raise ValueError(f"{file} is {width}x{height} pixels, {whose} {size[0]}x{size[1]}")

@@ -34,7 +34,7 @@ else:
 
 @contextmanager
 def owned(record_path: Path) -> Iterator[None]:
-    """For one process's work on the files of the run that has this record, or will have it.
+    """Own the files of the run that has this record, or will have it.
 
     Raises TrainError where another process is at that work.
     """

@@ -27,7 +27,7 @@ def save(figure: Any, path: Path, dpi: int) -> None:
     write(path, buffer.getvalue())
 
 
-def titled(record: Record) -> str:
+def title_of(record: Record) -> str:
     return f"{record['data']}: width {record['width']}, {record['epochs']} epochs, {record['schedule']}"
 
 
@@ -52,7 +52,7 @@ def plot_curves(groups: list[dict[str, list[Record]]], path: Path) -> None:
                 axis.plot(shared, mean, color=f"C{color}", linewidth=2, label=f"{name}, n = {len(arm)}")
             first = next(iter(by_loss.values()))[0]
             axis.set(xlabel="epoch", ylabel=label)
-            axis.set_title(titled(first), fontsize="medium")
+            axis.set_title(title_of(first), fontsize="medium")
             axis.grid(alpha=0.3)
         # Each loss has its own training loss; decades show where all go.
         line[2].set_yscale("log")
@@ -79,7 +79,7 @@ def plot_reliability(groups: list[dict[str, list[Record]]], path: Path) -> None:
             share.plot(means["confidence"], 100 * count[some] / count.sum(), marker=".")
         first = next(iter(by_loss.values()))[0]
         accuracy.set(xlabel="confidence (softmax)", ylabel="accuracy")
-        accuracy.set_title(titled(first), fontsize="medium")
+        accuracy.set_title(title_of(first), fontsize="medium")
         share.set(xlabel="confidence (softmax)", ylabel="share of the test images, %")
         accuracy.legend()
         for axis in (accuracy, share):

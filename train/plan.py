@@ -6,7 +6,7 @@ from typing import Any
 from .config import Config
 
 PAPER = {"CE": 6.7, "LACE": 6.2}  # top-5 test error in percent, CIFAR-100
-PRIMARY, PAIR = ("test", "top5_error"), ("CE", "LACE")
+PRIMARY, PAIR = "test.top5_error", ("CE", "LACE")
 
 
 @dataclass(frozen=True)

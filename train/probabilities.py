@@ -54,16 +54,16 @@ def quality(logits: Array, labels: NDArray[np.int64], strength: float, temperatu
         nll -= log_p_t.sum()
         brier += (p * p).sum() + (1 - 2 * np.exp(log_p_t)).sum()
         confidence = p.max(1)
-        place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+        bin_of = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
         right = p.argmax(1) == t[:, 0]
-        bins += [np.bincount(place, values, BINS) for values in (confidence, right)]
+        bins += [np.bincount(bin_of, values, BINS) for values in (confidence, right)]
     n = len(labels)
     calibration_error = 100 * float(np.abs(bins[1] - bins[0]).sum()) / n
     return {"nll": float(nll / n), "calibration_error": calibration_error, "brier": float(brier / n)}
 
 
 def fitted_temperature(logits: Array, labels: NDArray[np.int64], strength: float) -> float:
-    """The temperature in [1/20, 20] whose negative log-likelihood is smallest."""
+    """Temperature in [1/20, 20] whose negative log-likelihood is smallest."""
 
     def nll(log_temperature: float) -> float:
         return quality(logits, labels, strength, np.full(len(labels), np.exp(log_temperature)))["nll"]
@@ -79,13 +79,13 @@ def qualities(logits: NDArray[np.float32], labels: NDArray[np.int64], strength: 
     The temperature of the samples with even numbers is fitted on those with odd numbers, and the other way round: every
     sample counts, and none has a part in its own temperature. `temperature` is the mean of the two.
     """
-    z, ones, found = logits.astype(np.float64), np.ones(len(labels)), dict[str, Any]()
+    z, ones, by_name = logits.astype(np.float64), np.ones(len(labels)), dict[str, Any]()
     for name, s in (("softmax", 0.0), ("posterior", strength)):
-        found[name] = quality(z, labels, s, ones)
+        by_name[name] = quality(z, labels, s, ones)
         if scaled:
             temperature = ones.copy()
             for half, other in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
                 temperature[half] = fitted_temperature(z[other], labels[other], s)
             mean = float(temperature[:2].mean())
-            found[f"{name}_scaled"] = {"temperature": mean, **quality(z, labels, s, temperature)}
-    return found
+            by_name[f"{name}_scaled"] = {"temperature": mean, **quality(z, labels, s, temperature)}
+    return by_name

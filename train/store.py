@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.backends.cpu import get_cpu_capability as cpu_capability
 
 from .config import Config, TrainError
 from .data import Data
 from .processes import is_out_of_memory
-from .schema import IDENTITY, Kind, Record, parsed, require
+from .schema import IDENTITY, Kind, Record, parse_record, require
 
 
 def is_dense(value: Any) -> bool:
@@ -53,12 +53,16 @@ CHECKPOINT: dict[str, Kind] = {
 }
 
 
-def describe(config: Config, data: Data, made: Record) -> Record:
-    """The header of a record, with how the run is `made`: mode, replicas and command."""
+def describe(config: Config, data: Data, invocation: Record) -> Record:
+    """Header of a record; `invocation` is mode, replicas and command."""
     gpu = data.images.is_cuda
     amx = " AMX" if torch.cpu._is_amx_tile_supported() else ""  # which sums bfloat16 in another order
     device = torch.cuda.get_device_name() if gpu else f"{platform.machine()} {cpu_capability()}{amx}"
     processes = f"{dist.get_world_size()} processes, " if dist.is_initialized() else ""
+    versions: Record = {name: version(name) for name in ("torch", "numpy", "lace-loss")}
+    if gpu:
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        versions |= {"triton": version("triton"), "cuda": torch.version.cuda, "cudnn": cudnn}
     return asdict(config) | {
         "train_images": len(data.images),
         "test_images": len(data.test_images),
@@ -68,17 +72,10 @@ def describe(config: Config, data: Data, made: Record) -> Record:
         "data_sha256": data.sha256,
         "device": processes + device,
         "threads": None if gpu else torch.get_num_threads(),  # they change no bit there
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "numpy", "lace-loss")}
-        | (versions_of_cuda() if gpu else {}),
+        "versions": {"python": platform.python_version(), **versions},
         "commit": commit(),
-        **made,
+        **invocation,
     }
-
-
-def versions_of_cuda() -> Record:
-    cudnn: Any = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    return {"triton": version("triton"), "cuda": torch.version.cuda, "cudnn": cudnn}
 
 
 def version(package: str) -> str:
@@ -101,15 +98,15 @@ def commit() -> str | None:
         return None
 
 
-def difference(found: Record, header: Record) -> str:
-    """The first setting that keeps them from being headers of one run, in words; empty where there is none."""
-    other = (f"{key} = {found[key]!r}, not {header[key]!r}" for key in IDENTITY if found[key] != header[key])
-    return next(other, "")
+def difference(saved: Record, header: Record) -> str:
+    """First setting that keeps them from being headers of one run, in words; empty where there is none."""
+    others = (f"{key} = {saved[key]!r}, not {header[key]!r}" for key in IDENTITY if saved[key] != header[key])
+    return next(others, "")
 
 
-def refuse_other(path: Path, found: Record, header: Record) -> None:
-    if other := difference(found, header):
-        raise TrainError(f"{path} is of a run with {other}: choose another --out")
+def require_same_run(path: Path, saved: Record, header: Record) -> None:
+    if other := difference(saved, header):
+        raise TrainError(f"{path} belongs to a run with {other}: choose another --out")
 
 
 def write(path: Path, content: bytes, keep: Path | None = None) -> None:
@@ -133,29 +130,28 @@ def write(path: Path, content: bytes, keep: Path | None = None) -> None:
 
 
 def remove_temporaries(record_path: Path) -> None:
-    """Those that processes left which were killed in `write`; for the one process that works on the run."""
+    """Remove what processes left that were killed in `write`; for the one process that works on the run."""
     for suffix in (".jsonl", ".checkpoint", ".logits.npz"):
-        for left in record_path.parent.glob(glob.escape(record_path.stem + suffix) + ".*tmp"):
-            left.unlink(missing_ok=True)
+        for file in record_path.parent.glob(glob.escape(record_path.stem + suffix) + ".*tmp"):
+            file.unlink(missing_ok=True)
 
 
-def record_text(header: Record, log: list[Record], final: Record | None = None) -> bytes:
-    lines = [header, *log, final] if final else [header, *log]
+def record_text(*lines: Record) -> bytes:
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
 
 
-def write_record(path: Path, header: Record, log: list[Record], final: Record | None = None) -> None:
-    write(path, record_text(header, log, final))
+def write_record(path: Path, header: Record, log: list[Record], *final: Record) -> None:
+    write(path, record_text(header, *log, *final))
 
 
 def record_lines(path: Path) -> tuple[Record, list[Record], Record]:
-    """Header, the epochs' lines, and the final line, which is empty while the run is unfinished.
+    """Read header, the epochs' lines, and the final line, which is empty while the run is unfinished.
 
     Raises TrainError, which names the file and the line, for what is not a record.
     """
     if not path.is_file():  # a device or a pipe may have no end
         raise TrainError(f"{path} is not a file")
-    return parsed(path, path.read_bytes())
+    return parse_record(path, path.read_bytes())
 
 
 def read_record(path: Path) -> Record:
@@ -171,7 +167,7 @@ def write_logits(record_path: Path, logits: np.ndarray, target: np.ndarray) -> N
     write(record_path.with_suffix(".logits.npz"), buffer.getvalue())
 
 
-def previous(path: Path) -> Path:
+def previous_generation(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
@@ -179,21 +175,21 @@ def save_checkpoint(path: Path, state: Record) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    write(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content, keep=previous(path))
+    write(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content, keep=previous_generation(path))
 
 
 def load_checkpoint(path: Path, device: torch.device) -> Record | None:
-    """The newest generation that is whole, or None where there was none yet.
+    """Load the newest generation that is whole, or None where there was none yet.
 
     Raises TrainError where every generation is damaged, or one is whole but no checkpoint.
     """
     damaged: list[Path] = []
-    for file in (path, previous(path)):
+    for file in (path, previous_generation(path)):
         if not file.exists():
             continue
         digest, _, content = file.read_bytes().partition(b"\n")
         if hashlib.sha256(content).hexdigest().encode() == digest:
-            state = unpacked(file, content, device)
+            state = unpack_checkpoint(file, content, device)
             for bad in damaged:
                 print(f"{bad} is damaged: going back to {file}", file=sys.stderr)
                 bad.unlink()  # or the next save would put it in the place of the good one
@@ -204,8 +200,8 @@ def load_checkpoint(path: Path, device: torch.device) -> Record | None:
     return None
 
 
-def unpacked(path: Path, content: bytes, device: torch.device) -> Record:
-    """What `save_checkpoint` was given. Raises TrainError for content of another meaning."""
+def unpack_checkpoint(path: Path, content: bytes, device: torch.device) -> Record:
+    """Read what `save_checkpoint` was given. Raises TrainError for content of another meaning."""
     wrong = f"{path} is whole (SHA-256 is right), but not a checkpoint"
     try:
         state: Record = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
@@ -217,44 +213,33 @@ def unpacked(path: Path, content: bytes, device: torch.device) -> Record:
         raise TrainError(f"{wrong}: it holds no dict, but {type(state).__name__}")
     require(wrong, state, CHECKPOINT)
     try:
-        text = record_text(state["header"], state["log"])
+        text = record_text(state["header"], *state["log"])
     except (TypeError, ValueError, RecursionError) as error:
         raise TrainError(f"{wrong}: header and log are not those of a record: {error}") from error
-    header, log, final = parsed(f"{path}, header and log", text)
+    header, log, final = parse_record(f"{path}, header and log", text)
     if final:
         raise TrainError(f"{wrong}: its log has the last line of a record")
     return state | {"header": header, "log": log}
 
 
 def tensors(state: Record) -> dict[str, Tensor]:
-    """Those of the model and, where it is there, of the momentum, by name."""
+    """Tensors of the model and, where it is there, of the momentum, by name."""
     return state["model"] | {f"momentum of parameter {i}": t for i, t in enumerate(state.get("momentum", []))}
 
 
-def refuse_misfit(path: Path, state: Record, ours: Record) -> None:
-    """Raises TrainError unless the tensors of the checkpoint have the names, shapes and types of ours."""
-    found, expected = (
-        {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors(part).items()}
-        for part in (state, ours)
-    )
-    for name in [*expected, *found]:
-        if found.get(name) != expected.get(name):
-            raise TrainError(
-                f"{path} does not fit: its {name} is {found.get(name, 'missing')},"
-                f" and this run's {expected.get(name, 'missing')}"
-            )
-
-
-def load_weights(path: Path, state: Record, model: nn.Module) -> None:
-    """Into the model from a checkpoint. Raises TrainError where they do not fit."""
-    ours = model.state_dict()
-    refuse_misfit(path, {"model": state["model"]}, {"model": ours})
-    for name, tensor in ours.items():
-        tensor.copy_(state["model"][name])
+def restore(path: Path, saved: Record, ours: Record) -> None:
+    """Copy a checkpoint's tensors into ours. Raises TrainError unless they have the names, shapes and types of ours."""
+    source, target = tensors(saved), tensors(ours)
+    for name in [*target, *source]:
+        kinds = [f"{tuple(t[name].shape)} {t[name].dtype}" if name in t else "missing" for t in (source, target)]
+        if kinds[0] != kinds[1]:
+            raise TrainError(f"{path} does not fit: its {name} is {kinds[0]}, and this run's {kinds[1]}")
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
 
 
 def finished_checkpoint(record_path: Path, header: Record, log: list[Record], device: torch.device) -> Record:
-    """The checkpoint of a finished run, which lies beside its record, whose header and epochs' lines these are.
+    """Load the checkpoint of a finished run, which lies beside its record, whose header and epochs' lines these are.
 
     Raises TrainError where there is none, or one of another run or epoch.
     """
@@ -264,5 +249,5 @@ def finished_checkpoint(record_path: Path, header: Record, log: list[Record], de
         raise TrainError(f"{record_path} has its weights in {path}, which is not there")
     other = difference(state["header"], header)
     if other or state["log"] != log:
-        raise TrainError(f"{path} is not of the run that {record_path} records: {other or 'its epochs went otherwise'}")
+        raise TrainError(f"{path} does not belong to the run recorded in {record_path}: {other or 'their logs differ'}")
     return state

@@ -30,7 +30,7 @@ from torchvision import transforms
 
 from lace_loss.train.config import Config
 from lace_loss.train.data import load
-from lace_loss.train.loop import Replica
+from lace_loss.train.experiment import Training
 from lace_loss.train.model import ResNet18
 
 BOUND, BATCH, STEPS = 1.9, 100, 2
@@ -79,16 +79,16 @@ def plain(data, width):
 
 
 def ours(data, width, precision):
-    replica = Replica(Config("cifar100", width=width, precision=precision), data)
+    training = Training(Config("cifar100", width=width, precision=precision), data)
     for epoch in itertools.count():
-        replica.begin(epoch)
-        for i in range(len(replica.batches)):
-            replica.advance(i)
+        training.begin(epoch)
+        for i in range(len(training.batches)):
+            training.step(i)
             yield
 
 
 def seconds(candidate):
-    """Of a step."""
+    """Seconds of a step."""
     start = time.perf_counter()
     for _ in range(STEPS):
         next(candidate)

@@ -15,9 +15,11 @@ enum { MOST = 1 << 17 }; /* classes */
 typedef struct {
     Wide loss, size_of_loss; /* size: the sum of the terms' amounts */
     int signs;               /* of the terms: 1 some above 0, 2 some below, 3 both */
-    Wide mass;               /* the sum of the coefficients' amounts */
+    Wide mass, slopes;       /* the sums of the amounts of the coefficients, and of the coefficients times K */
+    Wide lost;               /* what coefficients may lose that are subnormal, or were before their weight */
+    Wide lost_loss;          /* the same of the loss */
     Wide cross_entropy, chance, confidence;
-    Wide gradient[MOST];
+    Wide gradient[MOST], terms[MOST]; /* terms: q sum of |a K|, and |a K| */
 } Exact;
 
 static char said[300];
@@ -71,6 +73,16 @@ static Wide coefficient(const Row *row, size_t j)
     return ((1 - e) * y + e / (Wide)row->k) * (row->weight ? row->weight[j] : 1);
 }
 
+/* The unit of subnormal numbers for each rounding, times what follows. */
+static Wide lost_by(const Row *row, size_t j)
+{
+    const Wide e = row->smoothing, y = row->probability ? row->probability[j] : j == row->target;
+    const Wide least = smallest(row->width), normal = row->width == 4 ? FLT_MIN : DBL_MIN;
+    const Wide w = fabsq(row->weight ? row->weight[j] : 1), part = (1 - e) * y, all = part + e / (Wide)row->k;
+    const int small = (part != 0 && fabsq(part) < normal) || (e != 0 && e / (Wide)row->k < normal) || fabsq(all) < normal;
+    return e == 0 && !row->probability ? 0 : (small ? 2 * w * least : 0) + (fabsq(all * w) < normal ? 4 * least : 0);
+}
+
 static void solve(Exact *x, const Row *row)
 {
     static Wide q[MOST], slope[MOST];
@@ -87,18 +99,22 @@ static void solve(Exact *x, const Row *row)
         if (j != top) others += q[j];
     }
     const Wide sum = 1 + others, log_sum = log1pq(others);
-    x->loss = x->size_of_loss = x->mass = x->signs = 0;
+    x->loss = x->size_of_loss = x->mass = x->slopes = x->lost = x->lost_loss = x->signs = 0;
     for (size_t j = 0; j < row->k; j++) {
         const Wide a = coefficient(row, j), n = ((Wide)z[top] - z[j]) + log_sum;
         const Wide r = a == 0 ? 0 : (j == top ? others : (others - q[j]) + 1) / sum;
         q[j] /= sum;
         slope[j] = x->gradient[j] = 0;
         if (j == row->target) x->cross_entropy = n;
+        const Wide lost = lost_by(row, j), f = ((1 - s) + s * (j == top ? others : (others - q[j] * sum) + 1) / sum) * n;
+        x->lost += lost;
+        if (lost > 0) x->lost_loss += lost * f;
         if (a == 0) continue;
         const Wide af = a * or_infinite(((1 - s) + s * r) * n, row->width);
         slope[j] = a * ((1 - s) + s * (r + (q[j] == 0 ? 0 : q[j] * n)));
         x->gradient[j] = -r * slope[j]; /* its own part */
         all += slope[j];
+        x->slopes += fabsq(slope[j]);
         x->loss += or_infinite(af, row->width);
         x->size_of_loss += fabsq(af);
         x->signs |= af > 0 ? 1 : af < 0 ? 2 : 0;
@@ -106,6 +122,7 @@ static void solve(Exact *x, const Row *row)
     }
     x->chance = q[row->target];
     x->confidence = q[top];
+    for (size_t j = 0; j < row->k; j++) x->terms[j] = q[j] * x->slopes + fabsq(slope[j]);
     for (size_t j = 0; j < row->k; j++)
         x->gradient[j] = defined ? row->scale * (x->gradient[j] + q[j] * (all - slope[j])) : nanq("");
     if (!defined) x->loss = x->cross_entropy = x->chance = x->confidence = nanq("");
@@ -121,15 +138,16 @@ const char *wrong_row(const Row *row, const Results *found, double losses[2])
     const Wide least = smallest(width), unit = ldexpq(1, width == 4 ? -24 : -53), size = fabsq(row->scale);
     const Wide ulps = soft ? 1 : row->weight ? ULP_WEIGHTED : ULP;
     /* Exponentials below 2^-18 of the smallest subnormal number count as 0 (SMALLEST in lace_math.h), at worst k. */
-    const Wide gone = size * x.mass * (Wide)row->k * least * 0x1p-18q;
-    const Wide underflow = soft ? (Wide)row->k * ROUNDINGS_GRADIENT * (1 + x.mass) * least : UNDERFLOW * least;
-    const Wide loss_more = (soft ? ROUNDINGS_LOSS * unit * x.size_of_loss : 0) + underflow;
-    const Wide more = soft ? size * (ROUNDINGS_GRADIENT * unit * x.mass + underflow) : underflow + gone;
+    const Wide gone = x.mass * (Wide)row->k * least * 0x1p-18q;
+    const Wide underflow = (soft ? (Wide)row->k + 2 : UNDERFLOW) * least;
+    const Wide loss_more = (soft ? ROUNDINGS_LOSS * unit * x.size_of_loss : 0) + underflow + gone + x.lost_loss;
+    const Wide more = UNDERFLOW * least + size * (gone + x.lost);
     /* Terms of both signs may overflow before they are all added. */
-    const int any_loss = x.signs == 3 && x.size_of_loss > largest(width);
-    const char *wrong = any_loss ? NULL : unless_near("loss", 0, found->loss, x.loss, ulps, loss_more, width);
+    const int any_loss = !found->loss || (x.signs == 3 && x.size_of_loss > largest(width));
+    const char *wrong = any_loss ? NULL : unless_near("loss", 0, *found->loss, x.loss, ulps, loss_more, width);
     for (size_t j = 0; !wrong && found->gradient && j < row->k; j++)
-        wrong = unless_near("gradient", j, found->gradient[j], x.gradient[j], ulps, more, width);
+        wrong = unless_near("gradient", j, found->gradient[j], x.gradient[j], ulps,
+                            more + (soft ? size * ROUNDINGS_GRADIENT * unit * x.terms[j] : 0), width);
     if (!wrong && found->cross_entropy)
         wrong = unless_near("cross entropy", 0, *found->cross_entropy, x.cross_entropy, ULP, UNDERFLOW * least, width);
     if (!wrong && found->chance)

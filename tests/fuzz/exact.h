@@ -14,7 +14,7 @@ typedef struct {
 } Row;
 
 typedef struct {
-    double loss;
+    const double *loss;                   /* or NULL */
     const double *gradient;               /* k, or NULL */
     const double *cross_entropy, *chance; /* -log q and q of the target, one each, or NULL */
     const double *confidence;             /* the largest q, or NULL */

@@ -17,7 +17,14 @@ typedef struct { size_t k, target; } Kind; /* of rows (0, x, ...) */
 static const Kind kinds[] = {{2, 0}, {3, 0}, {3, 1}};
 enum { KINDS = sizeof kinds / sizeof *kinds };
 
-static const char *const functions[] = {"lace_rows_f32", "lace_row_f32"};
+static const char *const functions[] = {"lace_rows_f32", "lace_row_f32", "lace_binary_f32"};
+enum { FUNCTIONS = sizeof functions / sizeof *functions };
+
+/* A label that is absent is class 0 of (0, x). */
+static int has(int function, Kind kind)
+{
+    return function != 2 || kind.k == 2;
+}
 
 /* The one place that knows the functions' arguments. */
 static void call(int function, const lace_build *build, Kind kind, float *loss, float *gradient, const float *z)
@@ -29,6 +36,14 @@ static void call(int function, const lace_build *build, Kind kind, float *loss, 
             .loss = loss, .gradient = gradient, .logits = z, .target = targets, .n = ROWS, .k = kind.k});
     for (size_t i = 0; function == 1 && i < ROWS; i++)
         lace_row_f32(&loss[i], gradient + i * kind.k, NULL, z + i * kind.k, kind.target, kind.k);
+    if (function == 2) {
+        static const uint8_t absent[ROWS] = {0};
+        float x[ROWS], slope[ROWS];
+        for (size_t i = 0; i < ROWS; i++) x[i] = z[2 * i + 1];
+        build->binary_f32(&(lace_binary_args_f32){
+            .loss = loss, .gradient = slope, .logits = x, .label = absent, .n = ROWS, .strength = 1});
+        for (size_t i = 0; i < ROWS; i++) gradient[2 * i] = -(gradient[2 * i + 1] = slope[i]);
+    }
 }
 
 typedef struct { double loss, gradient; float at_loss, at_gradient; } Worst; /* in ulp */
@@ -64,7 +79,7 @@ static void compare(Worst *worst, Kind kind, float x, double e, float loss, cons
     }
 }
 
-static void try_all(Worst worst[2][KINDS], const lace_build *build, const float x[ROWS])
+static void try_all(Worst worst[FUNCTIONS][KINDS], const lace_build *build, const float x[ROWS])
 {
     float z[ROWS * MOST_CLASSES], loss[ROWS], gradient[ROWS * MOST_CLASSES];
     double e[ROWS];
@@ -72,7 +87,8 @@ static void try_all(Worst worst[2][KINDS], const lace_build *build, const float 
     for (size_t p = 0; p < KINDS; p++) {
         const size_t k = kinds[p].k;
         for (size_t i = 0; i < ROWS * k; i++) z[i] = i % k == 0 ? 0 : x[i / k];
-        for (int f = 0; f < 2; f++) {
+        for (int f = 0; f < FUNCTIONS; f++) {
+            if (!has(f, kinds[p])) continue;
             call(f, build, kinds[p], loss, gradient, z);
             for (size_t i = 0; i < ROWS; i++) compare(&worst[f][p], kinds[p], x[i], e[i], loss[i], gradient + i * k);
         }
@@ -83,13 +99,13 @@ int main(int count, char **arguments)
 {
     const int64_t first = 0x30800000, last = 0x43000000; /* the bits of 2^-30 and of 128 */
     const int64_t step = count > 1 ? atol(arguments[1]) : 1, each = (last - first) / step + 1;
-    Worst worst[2][KINDS] = {{{0, 0, 0, 0}}};
+    Worst worst[FUNCTIONS][KINDS] = {{{0, 0, 0, 0}}};
     size_t builds;
     const lace_build *build = lace_builds(&builds);
     build += builds - 1;
 #pragma omp parallel
     {
-        Worst own[2][KINDS] = {{{0, 0, 0, 0}}};
+        Worst own[FUNCTIONS][KINDS] = {{{0, 0, 0, 0}}};
 #pragma omp for schedule(dynamic, 64)
         for (int64_t start = 0; start < 2 * each; start += ROWS) {
             float x[ROWS];
@@ -100,15 +116,15 @@ int main(int count, char **arguments)
             try_all(own, build, x);
         }
 #pragma omp critical
-        for (int f = 0; f < 2; f++)
+        for (int f = 0; f < FUNCTIONS; f++)
             for (size_t p = 0; p < KINDS; p++) {
                 Worst *w = &worst[f][p], *o = &own[f][p];
                 if (o->loss > w->loss) w->loss = o->loss, w->at_loss = o->at_loss;
                 if (o->gradient > w->gradient) w->gradient = o->gradient, w->at_gradient = o->at_gradient;
             }
     }
-    for (int f = 0; f < 2; f++)
-        for (size_t p = 0; p < KINDS; p++)
+    for (int f = 0; f < FUNCTIONS; f++)
+        for (size_t p = 0; p < KINDS && has(f, kinds[p]); p++)
             printf("%s, rows (0, x%s) of class %zu: of %lld x, the worst loss is off by %.4f ulp, at %a, "
                    "the worst gradient by %.4f, at %a\n",
                    functions[f], kinds[p].k == 3 ? ", x" : "", kinds[p].target, (long long)(2 * each), worst[f][p].loss,

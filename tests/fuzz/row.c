@@ -76,7 +76,8 @@ static void check_row(const Call *c, double losses[2])
         must(!c->gradient.given || same_bits(get(&c->gradient, j), gradient[j]), "gradient %zu has not the bits", j);
     }
     const Row row = {4, c->k, c->target, logits, NULL, NULL, 0, 1, 1};
-    const Results found = {get(&loss, 0), gradient, NULL, NULL, NULL};
+    const double value = get(&loss, 0);
+    const Results found = {&value, gradient, NULL, NULL, NULL};
     const char *wrong = wrong_row(&row, &found, losses);
     must(!wrong, "target %zu of %zu: %s", c->target, c->k, wrong);
 }

@@ -7,7 +7,7 @@
 enum { MOST_VALUES = ROOM / 8, USUAL_VALUES = 4096, RESULTS = 6 };
 
 typedef struct {
-    size_t width, n, k, gradient_stride, step;
+    size_t width, n, k, gradient_stride, probability_stride, step;
     ptrdiff_t logits_stride;
     int columns, options, statistics;
     double smoothing, strength;
@@ -26,7 +26,7 @@ static int64_t result_of(const lace_build *build, const Call *c)
 #define ARGS(with_options)                                                                                              \
     {r[LOSS].given, r[GRADIENT].given, c->logits.given, c->target.given, c->probability.given, c->scale.given,          \
      c->step, c->n, c->k, c->logits_stride, c->gradient_stride, c->options ? with_options : NULL,                       \
-     r[CROSS_ENTROPY].given, r[CHANCE].given, r[RANK].given, r[CONFIDENCE].given}
+     r[CROSS_ENTROPY].given, r[CHANCE].given, r[RANK].given, r[CONFIDENCE].given, c->probability_stride}
     const lace_args_f32 a32 = ARGS(&o32);
     const lace_args_f64 a64 = ARGS(&o64);
     if (c->columns) return c->width == 4 ? build->columns_f32(&a32) : build->columns_f64(&a64);
@@ -35,7 +35,7 @@ static int64_t result_of(const lace_build *build, const Call *c)
 
 static const lace_build *build(size_t which)
 {
-    static const lace_build own = {"own", lace_rows_f32, lace_columns_f32, lace_rows_f64, lace_columns_f64};
+    static const lace_build own = {"own", lace_rows_f32, lace_columns_f32, lace_rows_f64, lace_columns_f64, NULL, NULL};
     if (which == 0) return &own;
 #ifdef ALONE
     return NULL;
@@ -68,9 +68,9 @@ static size_t place_of(const Call *c, size_t i, size_t j)
     return (c->logits_stride < 0 ? lines_of(c) - 1 - line : line) * or_length(c, size_of(c->logits_stride)) + place;
 }
 
-static size_t gradient_place(const Call *c, size_t i, size_t j)
+static size_t line_place(const Call *c, size_t stride, size_t i, size_t j)
 {
-    return (c->columns ? j : i) * or_length(c, c->gradient_stride) + (c->columns ? i : j);
+    return (c->columns ? j : i) * or_length(c, stride) + (c->columns ? i : j);
 }
 
 static int64_t class_of(const Call *c, size_t i)
@@ -98,7 +98,7 @@ static void disturb(Call *c, Input *in)
     switch (what % 16) {
     case 0: put(&c->weight, j, value); break;
     case 1:
-        if (c->probability.count > 0) put(&c->probability, i * c->k + j, value);
+        if (c->probability.count > 0) put(&c->probability, line_place(c, c->probability_stride, i, j), value);
         break;
     case 2: put(&c->scale, c->step * i, value); break;
     case 3: ((int64_t *)(void *)c->target.at)[i] = classes[byte(in) % 8]; break;
@@ -148,7 +148,7 @@ static void read_call(Call *c, Input *in)
     c->step = flags >> 6 == 3 ? 1 : flags >> 6 == 2 ? 3 : 0;
     c->ignored = c->options ? ignorable[layout & 3] : -100;
     const double smoothing = fraction(in), strength = fraction(in);
-    c->smoothing = c->options && !c->columns && absent & 128 ? smoothing : 0;
+    c->smoothing = c->options && absent & 128 ? smoothing : 0;
     c->strength = c->options ? strength : 1;
 
     c->k = which_k < 200 ? 1 + which_k % 70 : sizes[which_k % 12];
@@ -159,12 +159,13 @@ static void read_call(Call *c, Input *in)
     const size_t apart = room > 0 ? length_of(c) + room : flags & 4 ? length_of(c) : 0;
     c->logits_stride = (ptrdiff_t)(layout >> 4 == 8 ? 0 : apart);
     c->gradient_stride = layout >> 4 == 9 ? 0 : apart;
+    c->probability_stride = layout & 2 ? apart : 0;
     if (layout >> 4 >= 12 && apart > 0) c->logits_stride = -c->logits_stride;
     const size_t counts[RESULTS] = {c->n, values_of(c, c->gradient_stride), c->n, c->n, c->n, c->n};
     for (size_t r = 0; r < RESULTS; r++) c->results[r] = array(r, counts[r], r == RANK ? 8 : c->width, at_end);
     c->logits = array(RESULTS, values_of(c, size_of(c->logits_stride)), c->width, at_end);
     c->target = array(RESULTS + 1, c->n, 8, at_end);
-    c->probability = array(RESULTS + 2, c->columns ? 0 : c->n * c->k, c->width, at_end);
+    c->probability = array(RESULTS + 2, values_of(c, c->probability_stride), c->width, at_end);
     c->weight = array(RESULTS + 3, c->k, c->width, at_end);
     c->scale = array(RESULTS + 4, c->n == 0 ? 0 : c->step * (c->n - 1) + 1, c->width, at_end);
     read_numbers(c, in);
@@ -177,7 +178,7 @@ static void read_call(Call *c, Input *in)
     if (which < 7) needed[which]->given = NULL;
     for (size_t r = CROSS_ENTROPY; r < RESULTS; r++) /* none of the statistics, or one */
         if (!c->statistics || (which >= 8 && which < 12 && r != which - 8 + CROSS_ENTROPY)) c->results[r].given = NULL;
-    if (c->columns || !(flags & 8)) c->probability.given = NULL;
+    if (!(flags & 8)) c->probability.given = NULL;
     if (!c->options || !(flags & 16)) c->weight.given = NULL;
     if (flags >> 6 == 0) c->scale.given = NULL;
     const size_t limit = SIZE_MAX / c->width;
@@ -186,18 +187,21 @@ static void read_call(Call *c, Input *in)
     case 2: c->k = c->n > 0 ? limit / c->n + 1 : c->k; break;
     case 3: c->n = limit / c->k + 1; break;
     case 4: c->logits_stride = (ptrdiff_t)length_of(c) - 1; break;
-    case 5: c->gradient_stride = length_of(c) - 1; break;
+    case 5: *(layout & 1 ? &c->gradient_stride : &c->probability_stride) = length_of(c) - 1; break;
     case 6: c->logits_stride = (ptrdiff_t)(limit / (lines_of(c) > 0 ? lines_of(c) : 1)) + 1; break;
-    case 7: c->gradient_stride = limit / (lines_of(c) > 0 ? lines_of(c) : 1) + 1; break;
+    case 7:
+        *(layout & 1 ? &c->gradient_stride : &c->probability_stride) = limit / (lines_of(c) > 0 ? lines_of(c) : 1) + 1;
+        break;
     }
 }
 
 static int64_t expected(const Call *c)
 {
-    const size_t strides[] = {or_length(c, size_of(c->logits_stride)), or_length(c, c->gradient_stride)};
+    const size_t strides[] = {or_length(c, size_of(c->logits_stride)), or_length(c, c->gradient_stride),
+                              or_length(c, c->probability_stride)};
     const Array *r = c->results;
     if (c->k == 0) return LACE_SIZE;
-    for (size_t s = 0; s < 2; s++)
+    for (size_t s = 0; s < 3; s++)
         if (strides[s] < length_of(c) || (lines_of(c) > 0 && strides[s] > SIZE_MAX / c->width / lines_of(c)))
             return LACE_SIZE;
     if (c->n == 0) return LACE_DONE;
@@ -226,9 +230,9 @@ static void check_sample(const Call *c, size_t i)
     int64_t rank = 0;
     for (size_t j = 0; j < c->k; j++) {
         logits[j] = get(&c->logits, place_of(c, i, j));
-        if (c->probability.given) probability[j] = get(&c->probability, i * c->k + j);
+        if (c->probability.given) probability[j] = get(&c->probability, line_place(c, c->probability_stride, i, j));
         if (c->weight.given) weight[j] = get(&c->weight, j);
-        if (r[GRADIENT].given) gradient[j] = get(&r[GRADIENT], gradient_place(c, i, j));
+        if (r[GRADIENT].given) gradient[j] = get(&r[GRADIENT], line_place(c, c->gradient_stride, i, j));
         must(!ignored || !r[GRADIENT].given || gradient[j] == 0, "row %zu is ignored, its gradient is not 0", i);
     }
     for (size_t j = 0; j < c->k; j++) /* NaN counts as larger */
@@ -246,7 +250,7 @@ static void check_sample(const Call *c, size_t i)
     const double scale = c->scale.given ? get(&c->scale, c->step * i) : 1;
     const Row row = {c->width, c->k, t, logits, c->probability.given ? probability : NULL,
                      c->weight.given ? weight : NULL, c->smoothing, c->strength, scale};
-    const Results found = {loss, r[GRADIENT].given ? gradient : NULL, described[CROSS_ENTROPY], described[CHANCE],
+    const Results found = {&loss, r[GRADIENT].given ? gradient : NULL, described[CROSS_ENTROPY], described[CHANCE],
                            described[CONFIDENCE]};
     const char *wrong = wrong_row(&row, &found, NULL);
     must(!wrong, "%s %zu, %s, %zu classes, target %zu: logit %a, weight %a, scale %a, strength %a, smoothing %a%s: %s",

@@ -223,33 +223,16 @@ static int work(void)
                             .scale = factor, .scale_step = step, .n = samples, .k = classes, .options = &options};
     if (inner == 1) {
         if (NAME(lace_rows)(&args) != LACE_DONE) return 0;
-    } else if (!y && smoothing == 0) {
+    } else {
         args.n = inner;
         for (size_t i = 0; i < samples; i += inner) {
             args.loss = loss + i;
             args.gradient = gradient + i * classes;
             args.logits = z + i * classes;
             args.target = target + i;
+            args.soft_target = y ? y + i * classes : NULL;
             args.scale = factor + i * step;
             if (NAME(lace_columns)(&args) != LACE_DONE) return 0;
-        }
-    } else {
-        for (size_t i = 0; i < samples; i++) { /* a column as a row */
-            REAL row[FEW], slope[FEW], share[FEW];
-            const size_t first = i / inner * inner * classes + i % inner;
-            for (size_t j = 0; j < classes; j++) {
-                row[j] = z[first + j * inner];
-                share[j] = probability[first + j * inner];
-            }
-            args.loss = loss + i;
-            args.gradient = slope;
-            args.logits = row;
-            args.target = target + i;
-            args.soft_target = y ? share : NULL;
-            args.scale = factor + i * step;
-            args.n = 1;
-            if (NAME(lace_rows)(&args) != LACE_DONE) return 0;
-            for (size_t j = 0; j < classes; j++) gradient[first + j * inner] = slope[j];
         }
     }
     if (reduction != 'n') {

@@ -1,4 +1,4 @@
-"""Draw the loss and its gradient factor against q_t: `python -m lace_loss.train.figure [PNG]`.
+"""Draw the loss and its gradient factor against q_t: `python tests/benchmarks/figure.py [PNG]`.
 
 The logit of the true class has the gradient -K (1 - q_t), so K is what LACE makes of cross entropy's gradient.
 """
@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lace_loss import ext
-
-from .pictures import pyplot, save
+from lace_loss.train.pictures import pyplot, save
 
 Array = NDArray[np.float64]
 
