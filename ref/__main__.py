@@ -79,9 +79,9 @@ def cross_validate(folder: Path, full: bool = False) -> int:
         rows(columns)
     for line in not_run:
         print(line)
-    failed = [(name, result) for name, results in columns.items() for result in results if not result.holds]
+    failed = [(name, result) for name, results in columns.items() for result in results if not result.passes]
     for name, results in columns.items():
-        if wrong := [result for result in results if not result.holds]:
+        if wrong := [result for result in results if not result.passes]:
             print()
             say_why(f"{name}: ", results, wrong)
     print(f"\n{sum(map(len, columns.values()))} cases, {len(failed)} failed")
@@ -92,7 +92,7 @@ def rows(columns: dict[str, list[Result]]) -> None:
     print("Grade, cases, worst error in ulp of loss / gradient / product and its category.\n")
     for name, results in columns.items():
         most = max(results, key=lambda result: max(result.errors.values(), default=0.0))
-        failed = sum(not result.holds for result in results)
+        failed = sum(not result.passes for result in results)
         verdict = f"{failed} wrong" if failed else grade(results) or "in bounds"
         print(f"{name:<19} {verdict:<9} {len(results):>5}  {worst(results):<22} {most.case.category}")
 
@@ -118,7 +118,7 @@ def table(columns: dict[str, dict[str, list[Result]]]) -> None:
 def cell(results: list[Result]) -> str:
     if not results:
         return "-"
-    return worst(results) if all(r.holds for r in results) else f"{worst(results)} x"
+    return worst(results) if all(r.passes for r in results) else f"{worst(results)} x"
 
 
 def say_why(name: str, results: list[Result], wrong: list[Result]) -> None:
@@ -163,7 +163,7 @@ def check(args: argparse.Namespace) -> int:
         problem = error
     every = [result for found in results.values() for result in found]
     missing = unsupported(every)
-    failed = [result for result in every if not result.holds and result not in missing]
+    failed = [result for result in every if not result.passes and result not in missing]
     confident = {result.case.dtype for result in failed if result.case.category == "q-to-1"}
     for level in [level for level in ("gradient", "core") if level in levels][:1]:
         for dtype in [dtype for dtype in MARGINS if dtype in confident]:

@@ -18,7 +18,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .double_double import DoubleDouble, total, wide
+from .double_double import DoubleDouble, dd, dd_sum
 from .loss import RAISED, Array, _array, _exponent, _fraction, _numbers, _Samples
 from .posterior import _normalised, _parts
 
@@ -67,7 +67,7 @@ def binary_forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Binar
     if not labels.reduced:
         losses = labels.loss().rounded.reshape(labels.shape)
         return losses if losses.ndim else float(losses)
-    return float((total(labels.loss()) / labels.divisor).rounded)
+    return float((dd_sum(labels.loss()) / labels.divisor).rounded)
 
 
 @np.errstate(all="ignore")
@@ -164,20 +164,20 @@ def _labels(
     if y.dtype.kind in "iu" and len(no_label := np.argwhere((y != 0) & (y != 1))):
         place = no_label[0].tolist()
         raise ValueError(f"an integer target must be 0 or 1, target{place or ''} is {y[tuple(place)]}")
-    w = wide(_factor("weight", weight, x.shape).reshape(-1))
+    w = dd(_factor("weight", weight, x.shape).reshape(-1))
     p = _factor("pos_weight", pos_weight, x.shape).reshape(-1)
     present = y.reshape(-1).astype(np.float64)
-    a0, a1 = (1.0 - wide(present)) * w, w * present * p
+    a0, a1 = (1.0 - dd(present)) * w, w * present * p
     a = DoubleDouble(np.stack([a0.high, a1.high], 1), np.stack([a0.low, a1.low], 1))
     exponent, divisor = _exponent(a.high), x.size if reduction == "mean" else 1.0
     return _Samples(
         z=_two_logits(x),
-        a=a.scaled(-exponent),
+        a=a.ldexp(-exponent),
         exponent=exponent,
         kept=np.ones(x.size, bool),
         shape=x.shape,
         reduced=reduction != "none",
-        divisor=wide(divisor),
+        divisor=dd(divisor),
         strength=s,
     )
 

@@ -25,17 +25,17 @@ class PortError(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """Of one case: error of each quantity in ulp (inf where an infinity or NaN is wrong), and whether it holds."""
+    """Of one case: error of each quantity in ulp (inf where an infinity or NaN is wrong), and whether it passes."""
 
     case: Case
     errors: dict[str, float]
     off: float  # in tolerances, the worst value
     off_if_flushed: float  # without those that are lost where subnormal numbers are taken for 0
-    holds: bool
+    passes: bool
     answer: Answer | Unsupported
 
     def within(self, plain: float, flushed: bool = False) -> bool:
-        """Whether it holds if `plain` allows what a plain implementation loses (True), or so many times the tolerance;
+        """Whether it passes if `plain` allows what a plain implementation loses (True), or so many times the tolerance;
         and `flushed` twice the smallest normal number: once in the result and in a term.
         """
         factor = float(self.case.words.get("plain", ["1"])[0]) if plain is True else max(1.0, plain)
@@ -59,7 +59,7 @@ def judge(case: Case, answer: Answer | Unsupported, plain: float = False, flushe
                 raise PortError(f"{case}: {error}") from error
             off, off_if_flushed = max(off, offs[0]), max(off_if_flushed, offs[1])
     result = Result(case, errors, off, off_if_flushed, False, answer)
-    return replace(result, holds=result.within(plain, flushed))
+    return replace(result, passes=result.within(plain, flushed))
 
 
 def measured(case: Case, quantity: str, values: Any) -> tuple[float, float, float]:

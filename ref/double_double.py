@@ -59,33 +59,33 @@ class DoubleDouble:
         return DoubleDouble(-self.high, -self.low)
 
     def __add__(self, other: Operand) -> DoubleDouble:
-        other = wide(other)
+        other = dd(other)
         s, t = _two_sum(self.high, other.high), _two_sum(self.low, other.low)
         s = _two_sum(s.high, s.low + t.high)
         return _two_sum(s.high, s.low + t.low)
 
     def __sub__(self, other: Operand) -> DoubleDouble:
-        return self + -wide(other)
+        return self + -dd(other)
 
     def __rsub__(self, other: ArrayLike) -> DoubleDouble:
         return -self + other
 
     def __mul__(self, other: Operand) -> DoubleDouble:
-        other = wide(other)
+        other = dd(other)
         p = _two_product(self.high, other.high)
         return _two_sum(
             p.high, p.low + np.where(np.isfinite(p.high), self.high * other.low + self.low * other.high, 0.0)
         )
 
     def __truediv__(self, other: Operand) -> DoubleDouble:
-        other = wide(other)
+        other = dd(other)
         first = self.high / other.high
         rest = self - other * first
         return _two_sum(first, np.where(np.isfinite(first), rest.high / other.high, 0.0))
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def scaled(self, exponent: ArrayLike) -> DoubleDouble:
+    def ldexp(self, exponent: ArrayLike) -> DoubleDouble:
         """self * 2^exponent, exact but for underflow."""
         n = np.asarray(exponent).astype(np.int64)
         return DoubleDouble(np.ldexp(self.high, n), np.ldexp(self.low, n))
@@ -95,16 +95,17 @@ Operand = DoubleDouble | ArrayLike
 LN2 = DoubleDouble(float.fromhex("0x1.62e42fefa39efp-1"), float.fromhex("0x1.abc9e3b39803fp-56"))
 
 
-def wide(x: Operand) -> DoubleDouble:
+def dd(x: Operand) -> DoubleDouble:
+    """Numbers as DoubleDouble, with low parts of 0."""
     return x if isinstance(x, DoubleDouble) else DoubleDouble(x)
 
 
 def where(condition: NDArray[np.bool_], x: Operand, y: Operand) -> DoubleDouble:
-    x, y = wide(x), wide(y)
+    x, y = dd(x), dd(y)
     return DoubleDouble(np.where(condition, x.high, y.high), np.where(condition, x.low, y.low))
 
 
-def total(x: DoubleDouble, axis: int | None = None) -> DoubleDouble:
+def dd_sum(x: DoubleDouble, axis: int | None = None) -> DoubleDouble:
     """Sum over one axis, or over all elements, by folding halves onto each other."""
     high, low = np.broadcast_arrays(x.high, x.low)
     if axis is None:
@@ -119,10 +120,10 @@ def total(x: DoubleDouble, axis: int | None = None) -> DoubleDouble:
 def _expm1_in_parts(x: DoubleDouble) -> tuple[Array, DoubleDouble]:
     """n and p with e^x = 2^n (1 + p), |p| < 0.42, p good to 2^-100 of itself."""
     n = np.rint(x.high / LN2.high)
-    r = (x - LN2 * n).scaled(-9)  # |r| < 7e-4: the ninth term of the series is below 2^-106
-    p = wide(1 / factorial(8)) * r
+    r = (x - LN2 * n).ldexp(-9)  # |r| < 7e-4: the ninth term of the series is below 2^-106
+    p = dd(1 / factorial(8)) * r
     for k in range(7, 0, -1):
-        p = (p + wide(1.0) / factorial(k)) * r
+        p = (p + dd(1.0) / factorial(k)) * r
     for _ in range(9):  # e^(2r) - 1 from p = e^r - 1
         p = p * 2 + p * p
     return n, p
@@ -134,11 +135,11 @@ def exp_in_parts(x: DoubleDouble) -> tuple[NDArray[np.int64], DoubleDouble]:
     return n.astype(np.int64), p + 1.0
 
 
-def exp(x: DoubleDouble, raised: int) -> DoubleDouble:
-    """2^raised e^x for x <= 0; exactly 0 below -800."""
+def exp(x: DoubleDouble, exponent: int) -> DoubleDouble:
+    """2^exponent e^x for x <= 0; exactly 0 below -800."""
     vanishes = x.high < -800
     n, y = exp_in_parts(where(vanishes, 0.0, x))
-    return where(vanishes, 0.0, y.scaled(n + raised))
+    return where(vanishes, 0.0, y.ldexp(n + exponent))
 
 
 def log1p(x: DoubleDouble) -> DoubleDouble:
@@ -146,7 +147,7 @@ def log1p(x: DoubleDouble) -> DoubleDouble:
 
     Up to 2^-60 two terms of the series do, and need no smaller numbers than x: it may be as small as there are.
     """
-    y = wide(np.log1p(x.high))
+    y = dd(np.log1p(x.high))
     n, p = _expm1_in_parts(y)
-    step = (p.scaled(n) + (np.ldexp(1.0, n.astype(np.int64)) - 1.0) - x) / (x + 1.0)
+    step = (p.ldexp(n) + (np.ldexp(1.0, n.astype(np.int64)) - 1.0) - x) / (x + 1.0)
     return where(x.high < 2.0**-60, x - x * x * 0.5, y - step)

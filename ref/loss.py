@@ -27,7 +27,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .double_double import DoubleDouble, exp, log1p, total, where, wide
+from .double_double import DoubleDouble, dd, dd_sum, exp, log1p, where
 
 Array = NDArray[np.float64]
 
@@ -76,7 +76,7 @@ def forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Options]) ->
     if not samples.reduced:
         losses = samples.loss().rounded.reshape(samples.shape)
         return losses if losses.ndim else float(losses)
-    return float((total(samples.loss()) / samples.divisor).rounded)
+    return float((dd_sum(samples.loss()) / samples.divisor).rounded)
 
 
 @np.errstate(all="ignore")
@@ -125,24 +125,24 @@ class _Samples:
         top = self.z.argmax(1)[:, None]
         largest = np.take_along_axis(self.z, top, 1)
         self.is_top = np.arange(self.z.shape[1]) == top
-        gap = where(np.isfinite(largest), wide(largest) - self.z, np.nan)
-        e = where(self.is_top, 0.0, exp(-gap, raised=RAISED))
-        others = total(e, 1)[:, None]
-        one, all_terms = 2.0**RAISED, others.scaled(-RAISED) + 1.0
+        gap = where(np.isfinite(largest), dd(largest) - self.z, np.nan)
+        e = where(self.is_top, 0.0, exp(-gap, exponent=RAISED))
+        others = dd_sum(e, 1)[:, None]
+        one, all_terms = 2.0**RAISED, others.ldexp(-RAISED) + 1.0
         self.q = where(self.is_top, one, e) / all_terms
         self.r = where(self.is_top, others, others - e + one) / all_terms
-        n = gap + log1p(others.scaled(-RAISED))
+        n = gap + log1p(others.ldexp(-RAISED))
         self.qn = where(self.q.high == 0, 0.0, self.q * n)  # its limit where n is infinite
         self.tiny = self.is_top & (gap.high == 0) & (others.high < 2.0 ** (RAISED - 60))
-        series = others - others * others.scaled(-RAISED) * 0.5  # two terms of the logarithm's
+        series = others - others * others.ldexp(-RAISED) * 0.5  # two terms of the logarithm's
         self.n = where(self.tiny, series, n)
 
     def loss(self) -> DoubleDouble:
-        rest = (1.0 - wide(self.strength)) + self.r.scaled(-RAISED) * self.strength
+        rest = (1.0 - dd(self.strength)) + self.r.ldexp(-RAISED) * self.strength
         f, half = rest * self.n, (self.exponent - RAISED) // 2
-        tiny_af = self.a * rest.scaled(half) * self.n.scaled(self.exponent - RAISED - half)
-        af = where(self.tiny, tiny_af, (self.a * f).scaled(self.exponent))
-        return total(where((self.a.high == 0) & np.isinf(f.high), 0.0, af), 1)
+        tiny_af = self.a * rest.ldexp(half) * self.n.ldexp(self.exponent - RAISED - half)
+        af = where(self.tiny, tiny_af, (self.a * f).ldexp(self.exponent))
+        return dd_sum(where((self.a.high == 0) & np.isinf(f.high), 0.0, af), 1)
 
     def gradient(self) -> DoubleDouble:
         """2^(RAISED - exponent) times the gradient."""
@@ -153,10 +153,10 @@ class _Samples:
 
         Equal steps of all logits change nothing: take v_top off.
         """
-        v_less_top: DoubleDouble = wide(v) - v[self.is_top][:, None]
-        w = v_less_top - total(self.q * v_less_top, 1)[:, None].scaled(-RAISED)
+        v_less_top: DoubleDouble = dd(v) - v[self.is_top][:, None]
+        w = v_less_top - dd_sum(self.q * v_less_top, 1)[:, None].ldexp(-RAISED)
         dk = w * (self.qn - self.q * 2.0) * self.strength
-        return self.q * w * total(self._ak(), 1)[:, None] + self._in_logits(self.a * dk).scaled(-RAISED)
+        return self.q * w * dd_sum(self._ak(), 1)[:, None] + self._in_logits(self.a * dk).ldexp(-RAISED)
 
     def times(self, grad_output: ArrayLike, gradient: DoubleDouble, exponent: int | NDArray[np.int_]) -> Array:
         """2^(exponent + self.exponent) times `gradient` and grad_output, in the logits' shape."""
@@ -164,19 +164,17 @@ class _Samples:
         if g.shape not in {(), () if self.reduced else self.shape}:
             rule = "be a number" if self.reduced else f"be a number or have the loss's shape {self.shape}"
             raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
-        factor = wide(np.broadcast_to(g, self.shape).reshape(-1, 1)) / self.divisor
+        factor = dd(np.broadcast_to(g, self.shape).reshape(-1, 1)) / self.divisor
         e = _exponent(factor.high)
-        product = (gradient * factor.scaled(-e)).scaled(
-            self.exponent + exponent + e
-        )  # here alone numbers may underflow
+        product = (gradient * factor.ldexp(-e)).ldexp(self.exponent + exponent + e)  # here alone numbers may underflow
         return in_logits_shape(where(self.kept[:, None], product, 0.0).rounded, self.shape)
 
     def _ak(self) -> DoubleDouble:
-        return self.a * ((1.0 - wide(self.strength)) + (self.r + self.qn).scaled(-RAISED) * self.strength)
+        return self.a * ((1.0 - dd(self.strength)) + (self.r + self.qn).ldexp(-RAISED) * self.strength)
 
     def _in_logits(self, ak: DoubleDouble) -> DoubleDouble:
         """q_j sum_k ak_k - ak_j. Without the own term in the sum nothing cancels when only one class has a target."""
-        return self.q * (total(ak, 1)[:, None] - ak) - self.r * ak
+        return self.q * (dd_sum(ak, 1)[:, None] - ak) - self.r * ak
 
 
 def _samples(
@@ -203,8 +201,8 @@ def _samples(
         if ignore_index >= 0:
             raise ValueError(f"ignore_index must be negative for a floating target, got {ignore_index}")
         kept = np.ones(len(z), bool)
-        a = ((1.0 - wide(label_smoothing)) * classes_last(y) + wide(label_smoothing) / classes) * w
-        divisor = wide(len(z))
+        a = ((1.0 - dd(label_smoothing)) * classes_last(y) + dd(label_smoothing) / classes) * w
+        divisor = dd(len(z))
     elif y.dtype.kind in "iu":
         if y.shape != shape:
             raise ValueError(f"an integer target must have shape {shape} for logits of {x.shape}, got {y.shape}")
@@ -215,16 +213,16 @@ def _samples(
             raise IndexError(f"target{place or ''} is {y[tuple(place)]}, not a class: 0 to {classes - 1}")
         t = np.where(kept, y.reshape(-1), 0).astype(np.intp)
         z = np.where(kept[:, None], z, 0.0)
-        a = where(kept[:, None] & (np.arange(classes) == t[:, None]), (1.0 - wide(label_smoothing)) * w, 0.0)
+        a = where(kept[:, None] & (np.arange(classes) == t[:, None]), (1.0 - dd(label_smoothing)) * w, 0.0)
         if label_smoothing:
-            a = a + where(kept[:, None], wide(label_smoothing) / classes * w, 0.0)
-        divisor = total(wide(np.where(kept, w[t], 0.0)))
+            a = a + where(kept[:, None], dd(label_smoothing) / classes * w, 0.0)
+        divisor = dd_sum(dd(np.where(kept, w[t], 0.0)))
     else:
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
     exponent = _exponent(a.high)
     if reduction != "mean":
-        divisor = wide(1.0)
-    return _Samples(z, a.scaled(-exponent), exponent, kept, shape, reduction != "none", divisor, strength)
+        divisor = dd(1.0)
+    return _Samples(z, a.ldexp(-exponent), exponent, kept, shape, reduction != "none", divisor, strength)
 
 
 def checked(

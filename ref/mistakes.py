@@ -179,8 +179,8 @@ class NotMasked(Plain):
 class WrongBend(Plain):
     cause = "the sign of the second term of the Hessian"
 
-    def bend(self) -> Array:
-        return -super().bend()
+    def curvature(self) -> Array:
+        return -super().curvature()
 
 
 class NoStrength(Plain):

@@ -100,10 +100,10 @@ class Plain:
     def product(self, a: Array) -> Array:
         v = self.rows(self.case.vector)
         w = v - (self.q * v).sum(1, keepdims=True)
-        dk = self.bend() * w
+        dk = self.curvature() * w
         return self.q * w * (a * self.k).sum(1, keepdims=True) + self.gradient(a * dk)
 
-    def bend(self) -> Array:
+    def curvature(self) -> Array:
         return self.s * np.where(self.q == 0, 0, self.q * (self.n - 2))
 
     def keeps(self) -> Array:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .double_double import DoubleDouble, exp_in_parts, log1p, total, where, wide
+from .double_double import DoubleDouble, dd, dd_sum, exp_in_parts, log1p, where
 from .loss import Array, checked, classes_last, in_logits_shape, shape_of_samples
 
 # Logits this far below the largest change no probability: e^-2500 = 2^-3606, and K and two weights make up for at most
@@ -72,9 +72,9 @@ def posterior(
     known = np.isfinite(z.max(1))[:, None]
     y = _normalised(*_parts(np.where(known, z, 0.0), w, s))
     if e:
-        less = y - wide(e) / len(w)
+        less = y - dd(e) / len(w)
         kept = where(less.high > 0, less, 0.0)
-        y = kept / total(kept, 1)[:, None]
+        y = kept / dd_sum(kept, 1)[:, None]
     return in_logits_shape(np.where(known, y.rounded, np.nan), shape_of_samples(x))
 
 
@@ -82,24 +82,24 @@ def _parts(z: Array, w: Array, s: float) -> tuple[DoubleDouble, NDArray[np.int64
     """m and n with 2^n m proportional to h: for (M, C) logits without NaN and +inf, a finite one in each row."""
     top = z.argmax(1)[:, None]
     is_top = np.arange(z.shape[1]) == top
-    gap = wide(np.take_along_axis(z, top, 1)) - z
+    gap = dd(np.take_along_axis(z, top, 1)) - z
     near = gap.high <= FARTHEST
     n, e = exp_in_parts(where(near, -gap, 0.0))
     n, e = np.where(near, n, NOTHING), where(near, e, 0.0)  # 2^n e = q_k / q_top
 
     # S = 2^scale others. With strength 1, K_top is about 2 S, however small: it is kept in units of 2^unit.
     scale = np.where(is_top, NOTHING, n).max(1, keepdims=True, initial=NOTHING)
-    others = total(where(is_top, 0.0, e.scaled(n - scale)), 1)[:, None]
-    small = others.scaled(scale)
+    others = dd_sum(where(is_top, 0.0, e.ldexp(n - scale)), 1)[:, None]
+    small = others.ldexp(scale)
     unit = scale if s == 1 else np.zeros_like(scale)
-    log = where(small.high < 2.0**-60, others - others * small * 0.5, log1p(small).scaled(-scale))
+    log = where(small.high < 2.0**-60, others - others * small * 0.5, log1p(small).ldexp(-scale))
     everything = small + 1.0
-    k_top = (others + log).scaled(scale - unit) / everything * s + (1.0 - wide(s))
+    k_top = (others + log).ldexp(scale - unit) / everything * s + (1.0 - dd(s))
     k_top = where(others.high == 0, 1.0, k_top)  # all the others are 0, and p_top is 1 whatever its K
 
-    q = e.scaled(n) / everything
+    q = e.ldexp(n) / everything
     qn = where(q.high == 0, 0.0, q * (gap + log1p(small)))  # its limit where n is infinite
-    k = where(is_top, k_top, (1.0 - q + qn) * s + (1.0 - wide(s)))  # q <= 1/2 below the top
+    k = where(is_top, k_top, (1.0 - q + qn) * s + (1.0 - dd(s)))  # q <= 1/2 below the top
     mantissa, exponent = np.frexp(w)
     return e / (k * mantissa), n - np.where(is_top, unit, 0) - exponent
 
@@ -107,4 +107,4 @@ def _parts(z: Array, w: Array, s: float) -> tuple[DoubleDouble, NDArray[np.int64
 def _normalised(m: DoubleDouble, n: NDArray[np.int64]) -> DoubleDouble:
     """2^n m over its sum, row by row. Numbers underflow here only."""
     n = n - np.where(m.high > 0, n, NOTHING).max(1, keepdims=True)
-    return (m / total(m.scaled(n), 1)[:, None]).scaled(n)
+    return (m / dd_sum(m.ldexp(n), 1)[:, None]).ldexp(n)

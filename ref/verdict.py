@@ -123,7 +123,7 @@ def by_vote(wrong: list[Result], right: list[Result]) -> list[Cause]:
                 del votes[mistake]
     best: tuple[float, type[Plain]] | None = None
     for mistake, explained in votes.items():
-        others = [r for r in right if not judge(r.case, mistake(r.case).answer(), plain=True).holds]
+        others = [r for r in right if not judge(r.case, mistake(r.case).answer(), plain=True).passes]
         score = len(explained) - len(others)
         if len(others) <= len(explained) / 10 and (best is None or score > best[0]):
             best = score, mistake

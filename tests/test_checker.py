@@ -160,13 +160,13 @@ def test_a_grade_is_what_all_results_have(float32_cases):
 
 
 def test_the_plain_implementation_holds_within_the_plain_tolerances(float32_cases):
-    wrong = [str(case) for case in float32_cases if not judge(case, mistakes.Plain(case).answer(), True).holds]
+    wrong = [str(case) for case in float32_cases if not judge(case, mistakes.Plain(case).answer(), True).passes]
     assert wrong == []
 
 
 def test_flushed_subnormal_numbers_are_allowed_on_request_and_nothing_else_with_them(float32_cases):
     def failing(mistake):
-        return {case.category for case in float32_cases if not judge(case, mistake(case).answer(), True, True).holds}
+        return {case.category for case in float32_cases if not judge(case, mistake(case).answer(), True, True).passes}
 
     assert failing(mistakes.Flushed) == set()
     for mistake, categories in FOUND_BY.items():
@@ -178,8 +178,8 @@ def test_a_value_that_the_type_rounds_to_its_largest_number_is_not_infinite():
     case = next(case for case in cases("f32") if case.level == "core" and case.name == "loss-half-the-largest")
     words = case.words | {"loss": ["7f7fffff"]}
     case, largest = replace(case, words=words), float(np.finfo(np.float32).max)
-    assert judge(case, {"loss": np.array(largest * (1 + 2.0**-26))}).holds
-    assert not judge(case, {"loss": np.array(largest * (1 + 2.0**-24))}).holds
+    assert judge(case, {"loss": np.array(largest * (1 + 2.0**-26))}).passes
+    assert not judge(case, {"loss": np.array(largest * (1 + 2.0**-24))}).passes
 
 
 def test_everything_installed_holds_in_a_table_of_80_columns(capsys):
@@ -880,7 +880,7 @@ def test_the_reference_gives_its_own_vectors():
             loss = ref.forward(case.logits, case.target, **case.options)
             assert judge(
                 case, {"loss": loss, "gradient": ref.backward(case.logits, case.target, **case.options)}, False
-            ).holds
+            ).passes
 
 
 def test_a_program_may_say_what_it_does_not_take(tmp_path, capsys):

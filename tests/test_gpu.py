@@ -57,7 +57,7 @@ def test_the_golden_vectors_hold_within_16_ulp_of_float32_or_one_of_a_half_type(
     dtype = name.split("-")[0]
     cases = [case for case in read(VECTORS / f"{name}.txt") if "probabilities" not in case.words]
     results = run(in_torch(lace_loss, dtype, device), cases, 4 if dtype == "f32" else False)
-    assert [f"{result.case} {result.errors}" for result in results if not result.holds] == []
+    assert [f"{result.case} {result.errors}" for result in results if not result.passes] == []
     assert len(names) >= len(cases)
 
 
