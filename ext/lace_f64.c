@@ -4,3 +4,4 @@
 #include "lace_math.h"
 #include "lace_rows.h"
 #include "lace_columns.h"
+#include "lace_posterior.h"

@@ -10,6 +10,7 @@
 #include "../lace_math.h"
 #include "../lace_rows.h"
 #include "../lace_columns.h"
+#include "../lace_posterior.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
