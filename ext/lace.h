@@ -14,8 +14,8 @@
  *
  * lace_labels.c, which needs them too, does the same for labels that are present or absent, each by itself.
  *
- * With all options, many rows at once: copy lace.h, lace_math.h, lace_rows.h, lace_columns.h, lace_binary.h and lace_f32.c
- * for float, lace_f64.c for double. In C:
+ * With all options, many rows at once: copy lace.h, lace_math.h, lace_rows.h, lace_columns.h, lace_binary.h,
+ * lace_posterior.h, and lace_f32.c for float, lace_f64.c for double. In C:
  *     float logits[2][3] = {{1, 4, 2}, {0, 5, 0}}, loss[2], gradient[2][3];
  *     const int64_t target[2] = {1, 0};
  *     const int64_t status = lace_rows_f32(&(lace_args_f32){
@@ -48,7 +48,8 @@ extern "C" {
 enum {
     LACE_DONE = 0,
     LACE_NULL = -1, /* an address is missing */
-    LACE_SIZE = -2  /* no class, lines that overlap, or more values than memory has bytes for */
+    LACE_SIZE = -2,  /* no class, lines that overlap, or more values than memory has bytes for */
+    LACE_OPTION = -3 /* lace_posterior_: a weight or a label smoothing for which logits do not tell the probabilities */
 };
 
 typedef struct { float high, low; } lace_pair_f32; /* their exact sum, |low| at most about an ulp of high */
@@ -76,6 +77,14 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
  * the right sign: 0 is an absent label's, NaN is never right. Returns LACE_DONE or LACE_NULL. */
 int lace_labels_f32(float *loss, float *gradient, lace_totals_f32 *totals, const float *logits, const uint8_t *label,
                     size_t k);
+
+/* Class probabilities of one row: where a model that was trained with LACE answers these logits, and has learnt all that
+ * there is to learn, classes come with these probabilities. They are not the softmax.
+ *     posterior    k values, written
+ *     logits       k values, as they were trained; may not overlap the output
+ * Returns LACE_DONE or another of the codes above. A logit of -inf has probability 0. With a logit of NaN or +inf, or -inf
+ * only, all are NaN. */
+int lace_row_posterior_f32(float *posterior, const float *logits, size_t k);
 
 typedef struct {
     const float *weight;    /* k class weights, or NULL for 1 */
@@ -199,6 +208,39 @@ typedef struct {
  * present or absent for certain: where that is wrong its loss is infinite, and its gradient is not. */
 int64_t lace_binary_f32(const lace_binary_args_f32 *args);
 int64_t lace_binary_f64(const lace_binary_args_f64 *args);
+
+/* What lace_posterior_rows_ and lace_posterior_columns_ work on, with matrices as above. A field left 0 has the default
+ * that is named here; the others are needed. */
+typedef struct {
+    float *posterior;         /* matrix, written: class probabilities, as lace_row_posterior_f32 describes them */
+    const float *logits;      /* matrix; may not overlap what is written */
+    size_t n;                 /* rows; 0: nothing is done */
+    size_t k;                 /* classes, at least 1 */
+    ptrdiff_t logits_stride;  /* as in lace_args_f32 */
+    size_t posterior_stride;  /* as gradient_stride there */
+    const lace_options_f32 *options; /* those of the training loss; NULL: LACE_DEFAULTS. ignore_index is not looked at.
+                               * Weights are positive, finite, and no more than a factor of 2^60 apart (double: 2^800);
+                               * label_smoothing is less than 1. Else the result is LACE_OPTION. */
+} lace_posterior_f32;
+
+typedef struct {
+    double *posterior;
+    const double *logits;
+    size_t n;
+    size_t k;
+    ptrdiff_t logits_stride;
+    size_t posterior_stride;
+    const lace_options_f64 *options;
+} lace_posterior_f64;
+
+/* Class probabilities of n rows or columns; ref/posterior.py is the definition. Each is within 4 ulp. With label smoothing e
+ * a class's part of the smoothed target, (1 - e) p + e / k, is: a p that is much less than e has fewer digits, and is 0
+ * where logits say that the part is less than e / k. Where weights differ by more than 2^18 an exponential that counts
+ * as 0, see above, may have counted. Returns LACE_DONE or what is wrong. */
+int64_t lace_posterior_rows_f32(const lace_posterior_f32 *args);
+int64_t lace_posterior_rows_f64(const lace_posterior_f64 *args);
+int64_t lace_posterior_columns_f32(const lace_posterior_f32 *args);
+int64_t lace_posterior_columns_f64(const lace_posterior_f64 *args);
 
 /* The sum of n values, as the exact sum of sum[0] and the much smaller sum[1]; floats are summed in double, so that the
  * mean of large ones is there although their sum is no float. */

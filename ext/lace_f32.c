@@ -5,3 +5,4 @@
 #include "lace_rows.h"
 #include "lace_columns.h"
 #include "lace_binary.h"
+#include "lace_posterior.h"

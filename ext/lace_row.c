@@ -8,17 +8,61 @@
 #endif
 #include "lace_math.h"
 
-int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const float *logits, size_t target, size_t k)
+static const Pair one = {1, 0};
+
+/* From exponentials p[j], EXP_SCALE too large, to class probabilities, as in lace_posterior.h: K is that of class `top`. */
+static void probabilities(float *p, const float *logits, size_t top, size_t k, const Pair *inverse, const Pair *log_sum,
+                          const Pair *K)
 {
-    static const Pair one = {1, 0};
-    if (!logits) return LACE_NULL;
-    if (target >= k) return k == 0 ? LACE_SIZE : 1;
-    const float z = logits[target];
+    const float max = logits[top];
+    Pair sum, h, n;
+    sum.low = max - max; /* NaN beside +inf */
+    sum.high = 1;
+    p[top] = 0;
+    for (size_t j = 0; j < k; j++) {
+        h.high = p[j] * EXP_UNSCALE;
+        h.low = 0;
+        if (h.high != 0) {
+            pair_product(&h, &h, inverse); /* h = q */
+            n = two_sum(max, -logits[j]);
+            pair_sum(&n, &n, log_sum);
+            n.high -= 1;
+            pair_product(&n, &h, &n);
+            pair_sum(&n, &one, &n);        /* n = K of class j: 1 + q (n - 1) */
+            h.high = p[j];
+            h.low = 0;
+            pair_product(&h, &h, K);
+            pair_quotient(&h, &h, &n);
+            h.high = (h.high + h.low) * EXP_UNSCALE;
+        }
+        p[j] = h.high;
+        n = two_sum(sum.high, h.high);
+        sum.high = n.high;
+        sum.low += n.low;
+    }
+    p[top] = 1;
+    for (size_t j = 0; j < k; j++) {
+        h.high = p[j];
+        h.low = 0;
+        pair_quotient(&h, &h, &sum);
+        p[j] = h.high + h.low;
+    }
+}
+
+/* Both functions, which begin alike: for `target` k, which is no class, the probabilities take the gradient's place. */
+static int row(float *loss, float *gradient, lace_totals_f32 *totals, const float *logits, size_t target, size_t k)
+{
+    const int is_posterior = target == k;
     float max = logits[0], high = 0, low = 0;
-    size_t rank = 0;
+    size_t rank = 0, top = 0;
     Pair K = {0, 0}; /* K = exp(z - max) */
     for (size_t j = 0; j < k; j++)
-        if (logits[j] > max) max = logits[j];
+        if (logits[j] > max) {
+            max = logits[j];
+            top = j;
+        }
+    if (is_posterior) target = top;
+    const float z = logits[target];
     for (size_t j = 0; j < k; j++) {
         Pair s = two_sum(logits[j], -max);
         const float e = exponential(s);
@@ -58,7 +102,9 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
     }
     if (loss) *loss = l;
     pair_sum(&K, &K, &p);                    /* K = 1 - q + q n */
-    if (gradient) {
+    if (is_posterior) {
+        probabilities(gradient, logits, target, k, &inverse, &n, &K);
+    } else if (gradient) {
         const float factor = pair_product(&inverse, &K, &inverse);
         for (size_t j = 0; j < k; j++) gradient[j] = gradient[j] * factor * EXP_UNSCALE;
         gradient[target] = -pair_product(&K, &K, &p);
@@ -70,4 +116,17 @@ int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const fl
         for (size_t i = 5; i-- > rank;) totals->top[i]++;
     }
     return LACE_DONE;
+}
+
+int lace_row_f32(float *loss, float *gradient, lace_totals_f32 *totals, const float *logits, size_t target, size_t k)
+{
+    if (!logits) return LACE_NULL;
+    if (target >= k) return k == 0 ? LACE_SIZE : 1;
+    return row(loss, gradient, totals, logits, target, k);
+}
+
+int lace_row_posterior_f32(float *posterior, const float *logits, size_t k)
+{
+    if (!posterior || !logits) return LACE_NULL;
+    return k == 0 ? LACE_SIZE : row(NULL, posterior, NULL, logits, k, k);
 }

@@ -11,7 +11,10 @@ import mpmath
 import numpy as np
 import pytest
 import tolerances
+from oracle import rows as hostile_rows
+from oracle import ulps
 from test_machines import BITS, PORT, SOURCES
+from test_posterior import exact as exact_posterior
 
 from lace_loss import ref
 from lace_loss.ref.__main__ import main as check
@@ -276,10 +279,14 @@ def library(tmp_path_factory):
     library = ctypes.CDLL(str(path))
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     library.lace_row_f32.argtypes = [pointer] * 4 + [size] * 2
+    library.lace_row_posterior_f32.argtypes = [pointer] * 2 + [size]
     for dtype in ("f32", "f64"):
         rows, columns = getattr(library, f"lace_rows_{dtype}"), getattr(library, f"lace_columns_{dtype}")
         rows.restype = columns.restype = ctypes.c_int64
         rows.argtypes = columns.argtypes = [pointer]
+        for kind in ("rows", "columns"):
+            posterior = getattr(library, f"lace_posterior_{kind}_{dtype}")
+            posterior.restype, posterior.argtypes = ctypes.c_int64, [pointer]
     return library
 
 
@@ -320,7 +327,7 @@ class Totals(ctypes.Structure):
     )
 
 
-DONE, NULL, SIZE = 0, -1, -2
+DONE, NULL, SIZE, OPTION = 0, -1, -2, -3
 STATISTICS = ("cross_entropy", "probability", "rank", "confidence")
 
 
@@ -514,3 +521,135 @@ def test_targets_in_several_classes_are_those_of_the_reference_in_every_layout(k
         exact = ref.backward(z, goal, reduction="none", **same)
         assert (np.abs(slopes - exact) <= bounds[1] * mass).all()
         assert kept
+
+
+class PosteriorArgs(ctypes.Structure):
+    """lace_posterior_f32 or lace_posterior_f64."""
+
+    _fields_ = (
+        ("posterior", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+        ("n", ctypes.c_size_t),
+        ("k", ctypes.c_size_t),
+        ("logits_stride", ctypes.c_ssize_t),
+        ("posterior_stride", ctypes.c_size_t),
+        ("options", ctypes.c_void_p),
+    )
+
+
+def posteriors(library, z, **given):
+    """Posterior of each row of z by each of the functions that have the options, by their names."""
+    dtype = {4: "f32", 8: "f64"}[z.itemsize]
+    at, kept = options(dtype, **given)
+    n, k = z.shape
+    found = {}
+    for kind, lines in (("rows", np.ascontiguousarray(z)), ("columns", np.ascontiguousarray(z.T))):
+        p = np.full_like(lines, 7)
+        args = PosteriorArgs(p.ctypes.data, lines.ctypes.data, n, k, 0, 0, at)
+        assert getattr(library, f"lace_posterior_{kind}_{dtype}")(ctypes.byref(args)) == DONE
+        found[kind] = p if kind == "rows" else p.T
+    if dtype == "f32" and not given:
+        z, p = np.ascontiguousarray(z), np.full_like(z, 7)
+        for i in range(n):
+            assert library.lace_row_posterior_f32(p[i:].ctypes.data, z[i:].ctypes.data, k) == DONE
+        found["one"] = p
+    assert kept
+    return found
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 65])
+def test_posteriors_of_hostile_rows_are_exact_to_the_contract(classes, dtype, library):
+    worst = 0.0
+    for name, z, _ in hostile_rows(classes, np.dtype(dtype)):
+        for given in ({}, {"strength": 0.5}, {"strength": 0.0}, {"weight": np.linspace(1, 9, classes).astype(dtype)}):
+            wanted = exact_posterior(z, **given)
+            for kind, p in posteriors(library, z[None], **given).items():
+                worst = max(worst, off := ulps(p[0], wanted, dtype))
+                assert off <= tolerances.ULP["kernel"], (name, kind, given)
+    print(f"{classes} classes, {dtype.__name__}: {worst:.2f} ulp")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("classes", [2, 10, 100, 700])
+def test_posteriors_of_random_rows_are_those_of_the_reference(classes, dtype, library):
+    rng = np.random.default_rng(classes)
+    z = (
+        rng.normal(size=(20_000 // classes, classes)) * rng.choice([0.1, 1, 3, 10, 30, 100], (20_000 // classes, 1))
+    ).astype(dtype)
+    weight = rng.uniform(0.1, 3, classes).astype(dtype)
+    for given in (
+        {},
+        {"strength": 0.25},
+        {"weight": weight},
+        {"label_smoothing": 0.25},
+        {"weight": weight, "label_smoothing": 0.5},
+    ):
+        wanted, e = ref.posterior(z, **given), given.get("label_smoothing", 0)
+        part = (1 - e) * wanted + e / classes  # with label smoothing that is what has the digits
+        for kind, p in posteriors(library, z, **given).items():
+            assert (abs(p - wanted) <= tolerances.ULP["kernel"] * np.spacing(part.astype(dtype)) / (1 - e)).all(), (
+                kind,
+                given,
+            )
+            assert (p >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_not_a_number_makes_its_own_posterior_nan(dtype, library):
+    z = np.array([[1, np.nan, 0], [np.inf, 0, 0], [-np.inf] * 3, [np.nan, 2, 1], [0, -np.inf, 1], [4, 5, 6]], dtype)
+    for given in ({}, {"label_smoothing": 0.25}):
+        for p in posteriors(library, np.tile(z, (9, 1)), **given).values():
+            bad = np.isnan(p).reshape(9, 6, 3)
+            assert bad[:, :4].all()
+            assert not bad[:, 4:].any()
+            assert (p.reshape(9, 6, 3)[:, 4, 1] == 0).all()
+    long = np.zeros((2, 256), dtype)
+    long[0, 255] = np.nan
+    for p in posteriors(library, long).values():
+        assert np.isnan(p[0]).all()
+        assert (p[1] == 1 / 256).all()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_posteriors_that_logits_do_not_tell_are_refused_and_nothing_is_written(kind, dtype, library):
+    function, real = getattr(library, f"lace_posterior_{kind}_{dtype}"), REALS[dtype]
+    z, p = np.zeros(6, real), np.full(6, 7, real)
+
+    def tried(n=2, k=3, posterior=p.ctypes.data, logits=z.ctypes.data, strides=(0, 0), **given):
+        at, kept = options(dtype, **given)
+        status = function(ctypes.byref(PosteriorArgs(posterior, logits, n, k, *strides, at)))
+        assert kept
+        return status
+
+    for w in (0, -1, np.nan, np.inf, real(2) ** {"f32": 61, "f64": 801}[dtype]):
+        assert tried(weight=np.array([1, 1, w], real)) == OPTION
+    for e in (1, 1.5, -0.5, np.nan):
+        assert tried(label_smoothing=e) == OPTION
+    assert tried(posterior=None) == tried(logits=None) == function(None) == NULL
+    assert tried(k=0) == tried(strides=(1, 0)) == tried(strides=(0, 1)) == tried(n=2**62) == SIZE
+    assert set(p) == {7}
+    assert tried(n=0) == DONE
+    assert set(p) == {7}
+    assert tried(weight=np.array([1, 1, real(2) ** 60], real)) == DONE
+    assert library.lace_row_posterior_f32(None, z.ctypes.data, 3) == NULL
+    assert library.lace_row_posterior_f32(p.ctypes.data, None, 3) == NULL
+    assert library.lace_row_posterior_f32(p.ctypes.data, z.ctypes.data, 0) == SIZE
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_posteriors_with_room_between_lines_have_the_bits_of_lines_side_by_side(kind, dtype, library):
+    function, real, room = getattr(library, f"lace_posterior_{kind}_{dtype}"), REALS[dtype], 3
+    n, k = 70, 13
+    z = (3 * np.random.default_rng(0).normal(size=(n, k) if kind == "rows" else (k, n))).astype(real)
+    p, wide, out = np.empty_like(z), np.full((2, *np.add(z.shape, (0, room))), np.nan, real), None
+    assert function(ctypes.byref(PosteriorArgs(p.ctypes.data, z.ctypes.data, n, k, 0, 0, None))) == DONE
+    for view in (wide[0], wide[0, ::-1]):
+        view[:, :-room], out = z, wide[1]
+        out[:] = 7
+        strides = view.strides[0] // z.itemsize, out.shape[1]
+        assert function(ctypes.byref(PosteriorArgs(out.ctypes.data, view.ctypes.data, n, k, *strides, None))) == DONE
+        assert out[:, :-room].tobytes() == p.tobytes()
+        assert (out[:, -room:] == 7).all()

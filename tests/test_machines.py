@@ -296,7 +296,8 @@ def test_the_kernel_calls_no_library_and_keeps_nothing(machine, tmp_path):
 
 # lace_row.c with -Os, gcc 12.2: bytes of code, constants included, and of stack; instructions a class in rows of ten,
 # with loss, gradient and totals. A Cortex-M0 has no floating point: its instructions are mostly libgcc's.
-SIZES = {"cortex-m0": (1636, 248, 6036), "cortex-m4": (1208, 136, 171), "cortex-m55": (1228, 128, 165)}
+SIZES = {"cortex-m0": (2008, 248, 6036), "cortex-m4": (1548, 176, 171), "cortex-m55": (1560, 168, 165)}
+POSTERIOR = 350  # bytes of code that lace_row_posterior_f32 may add to the 1204 of lace_row_f32 on a Cortex-M4F
 
 ROWS_OF_TEN = r"""
 #include "lace.h"
@@ -389,7 +390,7 @@ def test_one_row_is_small(machine, tmp_path):
     stack = sorted(int(frame[1]) for frame in frames)
     code, deepest, _ = SIZES[machine]
     print(f"{machine}: {text} bytes of code, {data + bss} of memory, {sum(stack[-3:])} of stack")
-    assert text <= code <= (1.2 if machine == "cortex-m4" else 1.7) * 1024
+    assert text <= code <= (1204 + POSTERIOR if machine == "cortex-m4" else 2 * 1024)
     assert data == bss == 0
     assert sum(stack[-3:]) <= deepest  # the row, an operation on pairs, a sum or product inside it
 

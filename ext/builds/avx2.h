@@ -11,6 +11,7 @@
 #include "../lace_rows.h"
 #include "../lace_columns.h"
 #include "../lace_binary.h"
+#include "../lace_posterior.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

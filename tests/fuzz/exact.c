@@ -156,6 +156,45 @@ const char *wrong_row(const Row *row, const Results *found, double losses[2])
     return wrong;
 }
 
+/* p from h = q / (w K), as in ref/posterior.py, with 1 - q of the top class a sum. Beside 4 ulp of the part (1-e) p + e/k: an
+ * exponential below 2^-168 or 2^-1093 counts as 0, and weights may bring it back. */
+const char *wrong_posterior(const Row *row, const double *found)
+{
+    static Wide h[MOST];
+    const double *z = row->logits;
+    const Wide s = row->strength, e = row->smoothing, each = e / (Wide)row->k;
+    size_t top = 0;
+    for (size_t j = 0; j < row->k; j++)
+        if (z[j] > z[top] || z[top] != z[top]) top = j;
+    int defined = z[top] - z[top] == 0;
+    Wide others = 0, all = 0, kept = 0, heaviest = 0, lightest = HUGE_VALQ;
+    for (size_t j = 0; j < row->k; j++) {
+        defined &= z[j] == z[j];
+        h[j] = expq((Wide)z[j] - z[top]);
+        if (j != top) others += h[j];
+    }
+    const Wide sum = 1 + others, log_sum = log1pq(others);
+    const Wide k_top = others == 0 ? 1 : (1 - s) + s * (others + log_sum) / sum;
+    for (size_t j = 0; j < row->k; j++) {
+        const Wide q = h[j] / sum, n = ((Wide)z[top] - z[j]) + log_sum, w = row->weight ? row->weight[j] : 1;
+        const Wide k = (1 - s) + s * ((1 - q) + (q == 0 ? 0 : q * n));
+        h[j] = (j == top ? 1 : h[j] * k_top / k) / w;
+        all += h[j];
+        heaviest = fmaxq(heaviest, w);
+        lightest = fminq(lightest, w);
+    }
+    for (size_t j = 0; j < row->k; j++) kept += fmaxq(h[j] / all - each, 0);
+    const Wide gone = (Wide)row->k * 2 * ldexpq(1, row->width == 4 ? -168 : -1093) * (heaviest / lightest);
+    for (size_t j = 0; j < row->k; j++) {
+        const Wide y = h[j] / all, p = e > 0 ? fmaxq(y - each, 0) / kept : y;
+        const Wide more = e > 0 ? ULP * ulp(y, row->width) / kept : 0;
+        const char *wrong = unless_near("posterior", j, found[j], defined ? p : nanq(""), ULP,
+                                        UNDERFLOW * smallest(row->width) + gone / (1 - e) + more, row->width);
+        if (wrong) return wrong;
+    }
+    return NULL;
+}
+
 /* `sum` is the exact sum of these within `part` of their amounts, and `more`. */
 static const char *unless_sum(const double *values, size_t n, const double sum[2], Wide part, Wide more, size_t width)
 {

@@ -23,6 +23,7 @@ typedef struct {
 /* NULL, or in words what is not within the bounds of tests/tolerances.py.
  * `losses` becomes the exact loss and cross entropy, or is NULL. */
 const char *wrong_row(const Row *row, const Results *found, double losses[2]);
+const char *wrong_posterior(const Row *row, const double *found); /* the target is not looked at */
 const char *wrong_totals(const double *losses, size_t n, const double total[2]); /* of floats */
 const char *wrong_sum(const double *values, size_t n, size_t width, const double sum[2]);
 

@@ -35,7 +35,8 @@ static int64_t result_of(const lace_build *build, const Call *c)
 
 static const lace_build *build(size_t which)
 {
-    static const lace_build own = {"own", lace_rows_f32, lace_columns_f32, lace_rows_f64, lace_columns_f64, NULL, NULL};
+    static const lace_build own = {.name = "own", .rows_f32 = lace_rows_f32, .columns_f32 = lace_columns_f32,
+                                   .rows_f64 = lace_rows_f64, .columns_f64 = lace_columns_f64};
     if (which == 0) return &own;
 #ifdef ALONE
     return NULL;
