@@ -27,8 +27,8 @@ def _places(span, parts, row, count, BLOCK: tl.constexpr, LONG: tl.constexpr):
 
 
 @triton.jit
-def _labels(input, target, weight, pos_weight, place, j, exists, strength, rest):
-    """Of the labels at `place`: loss and the derivative with respect to their logits."""
+def _labels(input, target, weight, pos_weight, above, place, j, exists, strength, rest):
+    """Of the labels at `place`: loss, and the derivative with respect to their logits times `above`."""
     z = tl.load(input + place, mask=exists, other=0).to(tl.float32)
     y = tl.load(target + place, mask=exists, other=0).to(tl.float32)
     present, absent = y, 1.0 - y
@@ -52,7 +52,7 @@ def _labels(input, target, weight, pos_weight, place, j, exists, strength, rest)
     up = z > 0
     a_top, a_other = tl.where(up, present, absent), tl.where(up, absent, present)
     loss = (top * 2.0**-32) * a_top * 2.0**-32 + _weighted(a_other, other)
-    slope = a_other * (k_other * large) - (k_top * small * 2.0**-32) * a_top * 2.0**-32
+    slope = (a_other * above) * (k_other * large) - (k_top * small * 2.0**-32) * (a_top * above) * 2.0**-32
     return tl.where(exists, loss, 0.0), tl.where(up, slope, -slope)
 
 
@@ -62,7 +62,7 @@ def _binary_forward(
     span, parts, row, count, strength, rest, BLOCK: tl.constexpr, LONG: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     place, j, exists = _places(span, parts, row, count, BLOCK, LONG)
-    value, _ = _labels(input, target, weight, pos_weight, place, j, exists, strength, rest)
+    value, _ = _labels(input, target, weight, pos_weight, 1.0, place, j, exists, strength, rest)
     if SUMMED:
         tl.store(loss + tl.program_id(0), tl.sum(value))
     else:
@@ -75,12 +75,12 @@ def _binary_backward(
     span, parts, row, count, strength, rest, BLOCK: tl.constexpr, LONG: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     place, j, exists = _places(span, parts, row, count, BLOCK, LONG)
-    _, slope = _labels(input, target, weight, pos_weight, place, j, exists, strength, rest)
     if EACH:
         g = tl.load(grad_output + place, mask=exists, other=0).to(tl.float32)
     else:
         g = tl.div_rn(tl.load(grad_output).to(tl.float32), divisor)
-    tl.store(gradient + place, (slope * g).to(gradient.dtype.element_ty), mask=exists)
+    _, slope = _labels(input, target, weight, pos_weight, g, place, j, exists, strength, rest)
+    tl.store(gradient + place, slope.to(gradient.dtype.element_ty), mask=exists)
 
 
 def forward(

@@ -6,7 +6,7 @@ absent one, weight w and pos_weight p:
     f(u) = (1 - s + s sigmoid(u)) softplus(u)        L = w (p y f(-z) + (1 - y) f(z))
 
 This composite form runs on any device and can be differentiated any number of times. Where the result is the same the C
-kernel takes its place on a CPU and that of `binary_gpu.py` on a GPU; both form the gradient in the backward pass.
+kernel takes its place on a CPU and those of `binary_gpu.py` on a GPU.
 """
 
 from __future__ import annotations
@@ -78,7 +78,12 @@ def binary_lace_loss(
         raise RuntimeError(f"these do not go together: {', '.join(kinds)}")
     face._require_memory(*(x for x in given if x is not None))
     options = (reduction, float(strength))
-    loss = _Kernel.apply(*given, *options) if _kernel_applies(*given) else _composite(*given, *options)
+    if not _kernel_applies(*given):
+        loss = _composite(*given, *options)
+    elif input.requires_grad and torch.is_grad_enabled():
+        loss = _Kernel.apply(*given, *options)
+    else:
+        loss = (_registered_loss if face._is_recorded() else _loss)(*given, *options)
     dtype = _result_dtype(input, target)
     return loss if loss.dtype == dtype else loss.to(dtype)
 
@@ -160,6 +165,8 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 
 def _result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    if input.dtype == target.dtype and input.dtype in face._SCALAR:  # autocast leaves these alone
+        return input.dtype
     return torch.promote_types(face._seen_as(input.dtype, input), face._seen_as(target.dtype, input))
 
 
@@ -183,22 +190,40 @@ def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None, pos_we
 
 
 class _Kernel(torch.autograd.Function):
+    """On a CPU the gradient of a sum or mean is formed in the same pass: exponentials cost more than memory. Elsewhere,
+    and for a half type, which would round it before a loss scale is known, the backward pass forms it.
+    """
+
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         *labels, ctx.reduction, ctx.strength = given
-        ctx.save_for_backward(*labels)
-        return _operation(_registered_loss, _loss)(*given)
+        input, gradient = labels[0], None
+        if face._is_recorded():
+            loss = _registered_loss(*given)
+        elif face._on_gpu(input) or ctx.reduction == "none" or input.dtype != _working_dtype(*labels[:2]):
+            loss = _loss(*given)
+        else:
+            loss, gradient = _loss_and_gradient(*given)
+        ctx.save_for_backward(*labels, gradient)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        given = (*ctx.saved_tensors, ctx.reduction, ctx.strength)
+        *labels, formed = ctx.saved_tensors
+        given = (*labels, ctx.reduction, ctx.strength)
         again = torch.is_grad_enabled()
         if face._is_transformed(grad_output):
             gradient = _composite_gradient(grad_output, *given, create_graph=again)[0]
         elif again:
             gradient = _Gradient.apply(grad_output, *given)
+        elif face._is_recorded():
+            gradient = _registered_gradient(grad_output, *given)
+        elif formed is None or not abs(above := grad_output.item()) <= 1:
+            gradient = _gradient(grad_output, *given)  # a subnormal entry of `formed` has few digits left to multiply
+        elif above == 1:
+            gradient = formed.clone() if face._is_retained() else formed
         else:
-            gradient = _operation(_registered_gradient, _gradient)(grad_output, *given)
+            gradient = formed * above
         return gradient, *5 * (None,)
 
 
@@ -209,7 +234,7 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, grad_output: Tensor, *given: Any) -> Tensor:
         *labels, ctx.reduction, ctx.strength = given
         ctx.save_for_backward(grad_output, *labels)
-        return _operation(_registered_gradient, _gradient)(grad_output, *given)
+        return (_registered_gradient if face._is_recorded() else _gradient)(grad_output, *given)
 
     @staticmethod
     def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
@@ -229,10 +254,6 @@ def _composite_gradient(grad_output: Tensor, input: Tensor, *others: Any, create
         alias = input.view_as(input)
         loss = _composite(alias, *others)
         return torch.autograd.grad(loss, alias, grad_output, create_graph=create_graph)[0], alias
-
-
-def _operation(registered: Any, plain: Any) -> Any:
-    return registered if face._is_recorded() else plain
 
 
 def _loss_like(
@@ -261,6 +282,23 @@ def _loss(
     return loss
 
 
+def _loss_and_gradient(
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, strength: float
+) -> tuple[Tensor, Tensor]:
+    """Of a sum or mean on a CPU, in one pass."""
+    loss = _loss_like(input, target, weight, pos_weight, reduction, strength)
+    gradient, (by, row) = _room(input, loss.dtype), _factors(input, target, weight, pos_weight)
+    _call(None, gradient, input, target, by, row, None, reduction, strength, 1.0).reduce(loss)
+    return loss, gradient
+
+
+def _room(input: Tensor, dtype: torch.dtype) -> Tensor:
+    gradient = input.new_empty(input.shape, dtype=dtype)
+    if gradient.numel() >= face._LARGE:
+        _cpu.in_large_pages(gradient, gradient.nbytes)
+    return gradient
+
+
 def _gradient(
     grad_output: Tensor,
     input: Tensor,
@@ -281,9 +319,7 @@ def _gradient(
         each = _lying(grad_output, dtype)
     else:
         above = grad_output.item()
-    gradient = input.new_empty(input.shape, dtype=dtype)
-    if gradient.numel() >= face._LARGE:
-        _cpu.in_large_pages(gradient, gradient.nbytes)
+    gradient = _room(input, dtype)
     _call(None, gradient, input, target, by, row, each, reduction, strength, above)
     return gradient.to(input.dtype)
 
@@ -316,6 +352,8 @@ def _call(
 
 def _lying(x: Tensor, dtype: torch.dtype) -> Tensor:
     """As C wants it: aligned, of this type, in the order of its indices."""
+    if x.dtype == dtype and x.is_contiguous() and not x.is_neg() and face._is_aligned(x):  # asking takes 1 us, not 5
+        return x
     return face._aligned(x).detach().to(dtype).resolve_neg().contiguous()
 
 
@@ -323,6 +361,8 @@ def _factors(
     input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
 ) -> tuple[tuple[Tensor | None, Tensor | None], int]:
     """Both for the labels of a row, and how many a row has."""
+    if weight is None and pos_weight is None:
+        return (None, None), 1
     dtype, given = _working_dtype(input, target), (weight, pos_weight)
     row = row_of([tuple(x.shape) for x in given if x is not None], tuple(input.shape))
     w, p = (

@@ -226,6 +226,26 @@ def test_gradients_and_their_gradients_match_finite_differences(path):
         assert torch.autograd.gradgradcheck(loss, input, check_fwd_over_rev=True, check_batched_grad=True)
 
 
+@pytest.mark.parametrize("above", [1.0, 0.25, 65536.0, float("nan")])
+def test_a_gradient_is_its_caller_s_and_right_for_every_loss_scale(above, device):
+    z, y = torch.linspace(-60, 60, 121, device=device).requires_grad_(), torch.ones(121, device=device)
+    loss = above * binary_lace_loss(z, y)
+    (first,) = torch.autograd.grad(loss, z, retain_graph=True)
+    wanted = ref.binary_backward(z.detach().cpu(), y.cpu(), above)
+    assert np.allclose(first.cpu(), wanted, rtol=2e-6, atol=2.0**-148, equal_nan=True)
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, z)
+    assert np.allclose(second.cpu(), wanted, rtol=2e-6, atol=2.0**-148, equal_nan=True)
+
+
+def test_without_a_graph_no_gradient_is_formed(monkeypatch):
+    monkeypatch.setattr(binary, "_loss_and_gradient", None)
+    z, y = torch.randn(5, requires_grad=True), torch.ones(5)
+    with torch.no_grad():
+        assert not binary_lace_loss(z, y).requires_grad
+    binary_lace_loss(z.detach(), y)
+
+
 def test_target_and_weights_have_derivatives_too():
     torch.manual_seed(2)
     given = [torch.rand(3, 4, dtype=torch.double, requires_grad=True) for _ in range(4)]
