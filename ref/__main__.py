@@ -5,7 +5,6 @@
     python -m lace_loss.ref check --torch MODULE:NAME
                                                 a loss with PyTorch's signature, and its autograd gradient
     python -m lace_loss.ref check --command CMD a port in anything (the protocol is in ref/vectors/README.md)
-    python -m lace_loss.ref peers               what people use today, where installed, in a Markdown table
 
 Exit status: 0 if all hold, 1 if a value is wrong, 2 if an answer or the vectors could not be used.
 """
@@ -23,8 +22,8 @@ from textwrap import fill
 from .case import FORMATS, HALF_LEVELS, LEVELS, VECTORS, Case, VectorError, read
 from .check import PortError, Result, answers_of, judge, run
 from .installed import installed
-from .peers import MARGINS, compare
-from .verdict import causes, explain, grade, lines_of, margins, unsupported, worst
+from .margins import MARGINS, margins_of
+from .verdict import causes, explain, grade, lines_of, unsupported, worst
 
 # What a port gets.
 CALLED = """
@@ -163,7 +162,7 @@ def check(args: argparse.Namespace) -> int:
     confident = {result.case.dtype for result in failed if result.case.category == "q-to-1"}
     for level in [level for level in ("gradient", "core") if level in levels][:1]:
         for dtype in [dtype for dtype in MARGINS if dtype in confident]:
-            print(margins(port, dtype, level, args.timeout))
+            print(margins_of(port, dtype, level, args.timeout))
     if failed:
         say_why("", every, failed)
         if grade([result for result in every if result not in missing]) and not (args.plain or args.flushed):
@@ -225,15 +224,12 @@ def parser() -> argparse.ArgumentParser:
     port.add_argument(
         "--timeout", type=seconds, default=60, help="seconds until the next answer, or the end; default %(default)s"
     )
-    commands.add_parser("peers", help="compare with what people use today", allow_abbrev=False)
     return top
 
 
 def main(arguments: list[str]) -> int:
     args = parser().parse_args(arguments)
     try:
-        if args.what == "peers":
-            return compare(args.vectors)
         return check(args) if args.what == "check" else cross_validate(args.vectors, args.full)
     except BrokenPipeError:
         raise

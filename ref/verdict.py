@@ -1,4 +1,4 @@
-"""What the results of a check say together: a grade, the failing categories, the likely cause, and the margins."""
+"""What the results of a check say together: a grade, the failing categories and the likely cause."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from textwrap import fill
 
 import numpy as np
 
-from .case import EXPECTED, FORMATS, Array, Case, Unsupported
-from .check import PortError, Result, answers_of, judge
+from .case import EXPECTED, Array, Case, Unsupported
+from .check import Result, judge
 from .mistakes import MISTAKES, explains
-from .peers import confident, ends
 from .plain import Plain
 
 # What is allowed, from the least: see `Result.within`.
@@ -153,34 +152,3 @@ def explain(result: Result) -> str:
 
 def brief(values: Array) -> str:
     return np.array2string(np.ravel(values), precision=9, threshold=6, edgeitems=2, max_line_width=160)
-
-
-def margins(port: str | list[str], dtype: str, level: str, seconds: float) -> str:
-    """Up to which margin of the target's logit a port is right, and from which it has lost loss or gradient."""
-    logits, _ = confident(dtype, 10)
-    zeros = ["0" * FORMATS[dtype].digits] * 9
-    cases = []
-    for number, margin in enumerate(logits[:, 0], 1):
-        pattern = margin.tobytes()[::-1].hex() if np.little_endian else margin.tobytes().hex()
-        words = {
-            "case": [str(number), f"margin-{margin:g}"],
-            "category": ["q-to-1"],
-            "shape": ["10"],
-            "logits": [pattern, *zeros],
-            "target": ["0"],
-            "reduction": ["none"],
-            "end": [],
-        }
-        question = "\n".join(" ".join([key, *values]) for key, values in words.items())
-        cases.append(Case(f"{dtype}-margins", dtype, level, number, words["case"][1], words, question))
-    answers = []
-    try:
-        for answer in answers_of(port, cases, seconds):
-            if not isinstance(answer, dict):
-                return f"{dtype}: margins not measured, they are refused"
-            answers.append(answer)
-    except PortError as error:
-        return f"{dtype}: margins not measured: {error}"
-    right, lost = ends(dtype, logits, [{key: answer[key] for key in cases[0].asked} for answer in answers])
-    up_to = {"all": "right at every margin", "none": "right at no margin"}.get(right, f"right up to margin {right}")
-    return f"{dtype}: {up_to}, {'never lost' if lost == 'never' else f'lost from {lost}'}"

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.peers import focal as focal_peer
+from benchmarks.peers import span
 
 from lace_loss import ext, ref
 from lace_loss.ref import mistakes
@@ -24,8 +26,6 @@ from lace_loss.ref.__main__ import main
 from lace_loss.ref.case import FORMATS, VECTORS, read
 from lace_loss.ref.check import judge
 from lace_loss.ref.installed import in_torch, installed
-from lace_loss.ref.peers import focal as focal_peer
-from lace_loss.ref.peers import span
 from lace_loss.ref.verdict import causes, grade
 
 # Each planted mistake and the categories that have to find it; the first is enough for a port without that option.

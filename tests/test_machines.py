@@ -21,7 +21,7 @@ from lace_loss.ref.case import VECTORS, read
 EXT = Path(__file__).parent.parent / "ext"
 SOURCES = (EXT / "lace_f32.c", EXT / "lace_f64.c")
 MACHINES = Path(__file__).parent / "machines"
-PORT = Path(__file__).parent / "ports" / "through_header.c"
+PORT = MACHINES / "through_header.c"
 FLAGS = ["-ffp-contract=off", f"-I{EXT}"]
 FAST = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 STRICT = ["-Wall", "-Wextra", "-pedantic", "-Wconversion", "-Wdouble-promotion", "-Werror"]
@@ -200,7 +200,7 @@ int main(int count, char **arguments)
 # Instructions an element for loss and gradient in float32, gcc 12.2 with -mavx2 (8 elements an instruction).
 BUDGET = {"64x1000": 9.75, "320x100": 15.49}
 
-# Programs of ports/through_header.c: what they are made of, and which vectors they answer.
+# Programs of machines/through_header.c: what they are made of, and which vectors they answer.
 ALL = ("core", "gradient", "batch", "layout", "large")
 ROW = ("-DROW", "-Os", EXT / "lace_row.c"), "f32", ("core", "gradient", "large")
 PROGRAMS = {

@@ -1,5 +1,6 @@
 """What is installed, and what importing it touches."""
 
+import ast
 import subprocess
 import sys
 from importlib.metadata import version
@@ -52,13 +53,45 @@ def test_ref_and_ext_need_numpy_only():
     assert loaded("lace_loss.ref, lace_loss.ext", ("torch", "matplotlib", "scipy")) == "[]"
 
 
-def test_ref_knows_nothing_of_ext():
-    assert loaded("lace_loss.ref", ("lace_loss.ext", "lace_loss.train")) == "[]"
+REF = sorted(path.stem for path in (ROOT / "ref").glob("*.py"))
+
+
+def packages_imported(file):
+    """Packages that a file's import statements name, at its head or in a function; a dot stands for its own folder."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level or node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("module", sorted(set(REF) - {"installed"}))
+def test_a_file_of_ref_but_installed_imports_numpy_and_its_neighbours_only(module):
+    assert set(packages_imported(ROOT / "ref" / f"{module}.py")) <= {".", "numpy", *sys.stdlib_module_names}
+
+
+def test_the_search_for_imports_finds_those_in_functions():
+    assert {"torch", "lace_loss", "numpy", "."} <= set(packages_imported(ROOT / "ref" / "installed.py"))
+
+
+def test_importing_every_module_of_ref_loads_neither_ext_nor_a_framework():
+    outside = ("lace_loss.ext", "lace_loss.train", "torch", "jax", "keras", "scipy", "matplotlib", "mpmath")
+    assert loaded(", ".join(f"lace_loss.ref.{module}" for module in REF), outside) == "[]"
 
 
 def test_no_module_is_loaded_twice_under_its_folder_name():
     modules = "lace_loss.ref, lace_loss.ext.torch, lace_loss.train"
     assert run(f"import sys, {modules}; print({{'ref', 'ext', 'train'}} & set(sys.modules))").strip() == "set()"
+
+
+def test_the_package_holds_every_vector_and_every_port_that_the_repository_has(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    for folder in ("ref/vectors", "ref/ports"):
+        files = [path for path in (ROOT / folder).iterdir() if path.is_file()]
+        assert len(files) >= 4
+        for path in files:
+            assert (tmp_path / "lace_loss" / folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_version_stands_in_one_place():

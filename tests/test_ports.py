@@ -1,10 +1,11 @@
-"""The ports of tests/ports, each certified by the checker as its head says, and used as their users do.
+"""The ports of ref/ports, each certified by the checker as its head says, and used as their users do.
 
-Needs jax and keras (`pip install '.[peers]'`), node and rustc. The port in C, through_header.c, is test_machines.py's.
+Needs jax and keras (`pip install '.[peers]'`), node and rustc. C, by machines/through_header.c, is test_machines.py's.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import numpy as np
 import pytest
 
 from lace_loss import ref
-from lace_loss.ref.__main__ import main
+from lace_loss.ref.__main__ import main, parser
 from lace_loss.ref.case import VECTORS, read
 from lace_loss.ref.check import judge
 
-PORTS = Path(__file__).parent / "ports"
+TESTS = Path(__file__).parent
+PORTS = TESTS.parent / "ref" / "ports"
 LEVELS = ["core", "gradient", "batch", "layout", "large", "rows"]
 
 
@@ -40,6 +42,17 @@ def certify(capsys, *arguments, levels=LEVELS):
     assert status == 0, printed.out + printed.err
     for level in levels:
         assert f"-{level}.txt" in printed.out
+
+
+@pytest.mark.parametrize("port", sorted(path.name for path in PORTS.iterdir() if path.is_file()))
+def test_the_commands_at_a_ports_head_are_the_checkers_and_ask_for_the_levels_that_are_certified_here(port):
+    head = re.sub(r"\\\n[ *]*", "", (PORTS / port).read_text()[:2000])
+    commands = [shlex.split(line) for line in re.findall(r"-m lace_loss\.ref (check .*?)(?:   .*)?\n", head)]
+    called = [parser().parse_args(command) for command in commands]
+    assert set(LEVELS) <= set.union(*(set(args.levels or LEVELS) for args in called))
+    for args in called:
+        file = args.command.split()[-1] if args.command else args.port.rpartition(":")[0]
+        assert file == "./port" or (TESTS.parent / file) == PORTS / port
 
 
 @pytest.mark.parametrize(("dtype", "plain"), [("f32", []), ("f64", ["--plain"])])
@@ -200,7 +213,7 @@ def test_every_integer_is_the_class_that_it_is_in_keras(backend):
     for package in (backend, "keras"):
         if not find_spec(package):
             pytest.skip(f"no {package}")
-    code = IN_KERAS.format(ports=str(PORTS), tests=str(PORTS.parent))
+    code = IN_KERAS.format(ports=str(PORTS), tests=str(TESTS))
     environment = os.environ | {"KERAS_BACKEND": backend}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == "done\n", done.stderr[-2000:]
@@ -303,7 +316,7 @@ def test_other_integers_do_not_compile_in_c(integer, tool, tmp_path):
         '#include "lace.h"\nint64_t f(float *z, float *l) '
         f"{{ static const {integer} t[1] = {{0}}; return lace_rows_f32(l, 0, z, t, 0, 0, 0, 1, 3, 0, 0); }}\n"
     )
-    include = f"-I{PORTS.parent.parent / 'ext'}"
+    include = f"-I{TESTS.parent / 'ext'}"
     command = [tool("gcc"), "-std=c99", "-pedantic-errors", include, "-fsyntax-only", tmp_path / "user.c"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "int64_t" in done.stderr

@@ -3,12 +3,12 @@
     model.compile(optimizer, loss=LACE())       logits, the classes last; targets are classes or probabilities
     loss = lace_loss(logits, target)            PyTorch's options and shapes, the classes on axis 1
 
-Certified on a CPU with the plain tolerances (an error may grow with the margin): on the torch backend in float32 and
-float64 at the levels core, gradient, batch, layout and large; on JAX's, which takes subnormal numbers for 0, in float32
-at the levels gradient, batch and large. TensorFlow's was not tried.
+Certified on a CPU with the plain tolerances, where an error may grow with the margin. On the torch backend: float32 and
+float64 at the levels core, gradient, batch, layout, large and rows. On JAX's, which takes subnormal numbers for 0:
+float32 at the levels gradient, batch and large. TensorFlow's was not tried.
 
-    KERAS_BACKEND=torch python -m lace_loss.ref check tests/ports/lace_keras.py:answer --plain
-    KERAS_BACKEND=jax python -m lace_loss.ref check tests/ports/lace_keras.py:answer --plain --flushed --dtypes f32 \
+    KERAS_BACKEND=torch python -m lace_loss.ref check ref/ports/lace_keras.py:answer --plain
+    KERAS_BACKEND=jax python -m lace_loss.ref check ref/ports/lace_keras.py:answer --plain --flushed --dtypes f32 \
         --levels gradient batch large
 """
 

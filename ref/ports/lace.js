@@ -2,10 +2,10 @@
  *
  *     const { loss, gradient } = lace([[1, 4, 2], [0, 5, 0]], [1, 0]);
  *
- * Certified at the levels core, gradient, batch, layout and large. It computes in float64: float32 data come out within
- * the exact tolerances, float64 within the plain ones (an error may grow with the margin):
+ * Certified at the levels core, gradient, batch, layout, large and rows. It computes in float64. Results for float32 data
+ * are within the exact tolerances; for float64 within the plain ones, where an error may grow with the margin:
  *
- *     python -m lace_loss.ref check --command 'node tests/ports/lace.js' --levels core gradient batch layout large \
+ *     python -m lace_loss.ref check --command 'node ref/ports/lace.js' --levels core gradient batch layout large rows \
  *         --dtypes f32          and again with --dtypes f64 --plain
  */
 "use strict";

@@ -1,29 +1,25 @@
 """What people use today in place of the loss, run through the golden vectors: which of it is LACE, and up to where.
 
+    python tests/benchmarks/peers.py        needs pip install '.[peers]'; prints a table in Markdown
+
 Each peer is called as its documentation says for gamma 1 and no alpha; the gradient is that of its own framework.
 """
-
-from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import loss as definition
-from .case import Case, read
+from lace_loss.ref.case import VECTORS, Case, read
+from lace_loss.ref.margins import MARGINS, logits_at_margins, relative_error, right_and_lost
 
 Array = NDArray[Any]
 # (N, C) logits and N classes: N losses, and the gradient of their sum.
 Peer = Callable[[Array, Array], tuple[Array, Array]]
 
-# L is about exp(-2 margin): beyond these it nears the smallest normal number.
-MARGINS: dict[str, Array] = {"f32": np.arange(0.0, 42, 0.25).astype(np.float32), "f64": np.arange(0.0, 345, 0.25)}
-RIGHT, LOST = 1e-3, 0.99
 # Errors that rounding explains where the loss is above UNCONFIDENT; below, 1 - exp(-ce) has begun to cancel.
 EQUAL = {"f32": 1e-5, "f64": 1e-13}
 UNCONFIDENT = 0.01
@@ -93,12 +89,12 @@ def keras() -> Peer:
     if backend.backend() != "torch":
         raise ImportError(f"it runs on {backend.backend()}, KERAS_BACKEND=torch is needed")
 
-    def found(z: Any, t: Any) -> Any:
+    def losses_of(z: Any, t: Any) -> Any:
         dtype = str(z.dtype).removeprefix("torch.")
         loss = losses.CategoricalFocalCrossentropy(alpha=1, gamma=1, from_logits=True, reduction=None, dtype=dtype)
         return loss(torch.nn.functional.one_hot(t, z.shape[1]), z)
 
-    return in_torch(found)
+    return in_torch(losses_of)
 
 
 def optax() -> Peer:
@@ -121,9 +117,9 @@ def in_torch(losses: Callable[[Any, Any], Any], device: str = "cpu") -> Peer:
 
     def answer(logits: Array, target: Array) -> tuple[Array, Array]:
         z = torch.tensor(logits, device=device, requires_grad=True)
-        found = losses(z, torch.tensor(target, device=device))
-        (gradient,) = torch.autograd.grad(found.sum(), z)
-        return found.detach().cpu().numpy(), gradient.cpu().numpy()
+        loss = losses(z, torch.tensor(target, device=device))
+        (gradient,) = torch.autograd.grad(loss.sum(), z)
+        return loss.detach().cpu().numpy(), gradient.cpu().numpy()
 
     return answer
 
@@ -141,15 +137,6 @@ PEERS: list[tuple[str, str, Callable[[], Peer], bool]] = [
 ]
 
 
-def error(got: Array, wanted: Array) -> float:
-    """Largest difference relative to the largest finite value expected; inf where only one of the two is infinite."""
-    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-    with np.errstate(all="ignore"):
-        same = (got == wanted) | (np.isnan(got) & np.isnan(wanted))
-        scale = np.max(np.abs(wanted), where=np.isfinite(wanted), initial=0.0)
-        return float(np.max(np.where(same, 0.0, np.abs(got - wanted))) / (scale or 1.0))
-
-
 def errors(peer: Peer, cases: list[Case]) -> dict[str, float]:
     """Worst error of the losses and of the gradients."""
     worst: dict[str, float] = {}
@@ -157,36 +144,15 @@ def errors(peer: Peer, cases: list[Case]) -> dict[str, float]:
         loss, gradient = peer(case.logits.reshape(1, -1), case.target.reshape(1))
         for key, got in (("loss", loss), ("gradient", gradient[0])):
             if key in case.asked:
-                worst[key] = float(np.maximum(worst.get(key, 0.0), error(got, case.values(key))))
+                worst[key] = float(np.maximum(worst.get(key, 0.0), relative_error(got, case.values(key))))
     return worst
-
-
-def confident(dtype: str, classes: int) -> tuple[Array, Array]:
-    """Logits of one sample for each margin, its target being class 0."""
-    logits = np.zeros((len(MARGINS[dtype]), classes), MARGINS[dtype].dtype)
-    logits[:, 0] = MARGINS[dtype]
-    return logits, np.zeros(len(logits), np.int64)
 
 
 def span(peer: Peer, dtype: str, classes: int) -> tuple[str, str]:
     """Margin of the target over equal others up to which loss and gradient are right, and from which one is lost."""
-    logits, target = confident(dtype, classes)
-    losses, gradients = peer(logits, target)
-    return ends(dtype, logits, [{"loss": x, "gradient": y} for x, y in zip(losses, gradients, strict=True)])
-
-
-def ends(dtype: str, logits: Array, answers: list[dict[str, Array]]) -> tuple[str, str]:
-    """The two margins of one answer to each row of logits, whose target is class 0."""
-    margins, target = MARGINS[dtype], np.zeros(len(logits), np.int64)
-    loss = np.atleast_1d(definition.forward(logits, target, reduction="none"))
-    gradient = definition.backward(logits, target, reduction="sum")
-    expected = [{"loss": x, "gradient": y} for x, y in zip(loss, gradient, strict=True)]
-    pairs = zip(answers, expected, strict=True)
-    worst = np.array([np.max([error(got[key], wanted[key]) for key in got]) for got, wanted in pairs])
-    wrong = np.flatnonzero(np.append(~(worst < RIGHT), True))[0]
-    lost = np.flatnonzero(np.append(True, worst < LOST))[-1]
-    right = "none" if wrong == 0 else "all" if wrong == len(worst) else f"{margins[wrong - 1]:g}"
-    return right, "never" if lost == len(worst) else f"{margins[lost]:g}"
+    logits = logits_at_margins(dtype, classes)
+    losses, gradients = peer(logits, np.zeros(len(logits), np.int64))
+    return right_and_lost(dtype, logits, [{"loss": x, "gradient": y} for x, y in zip(losses, gradients, strict=True)])
 
 
 def brief(value: float) -> str:
@@ -208,9 +174,9 @@ def fits(case: Case, binary: bool) -> bool:
     return (classes == 2 if binary else classes > 1) and not (nominal and case.values("loss")[0] < UNCONFIDENT)
 
 
-def compare(folder: Path) -> int:
+def main() -> None:
     """Print the table, in Markdown."""
-    cases = {dtype: read(folder / f"{dtype}-core.txt") + read(folder / f"{dtype}-gradient.txt") for dtype in MARGINS}
+    cases = {dtype: read(VECTORS / f"{dtype}-core.txt") + read(VECTORS / f"{dtype}-gradient.txt") for dtype in MARGINS}
     first, *rest = COLUMNS
     header = ["loss", "dtype", first, "right to", "lost from", *rest]
     print(line(header), line(["---"] * len(header)), sep="\n")
@@ -226,9 +192,12 @@ def compare(folder: Path) -> int:
             print(line([f"{package} {name}", dtype, *cells(peer, dtype, known, 2 if binary else 10)]))
         if hasattr(sys.modules[package], "__version__"):
             versions.append(f"{package} {sys.modules[package].__version__}")
-    print(LEGEND, ", ".join(versions), *missing, sep="\n")
-    return 0
+    print(LEGEND, ", ".join(dict.fromkeys(versions)), *missing, sep="\n")
 
 
 def line(words: list[str]) -> str:
     return f"| {' | '.join(words)} |"
+
+
+if __name__ == "__main__":
+    main()

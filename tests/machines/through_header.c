@@ -1,7 +1,7 @@
 /* LACE in C, by the kernel's header: a program around it, here one that answers golden vectors by the protocol of
  * ref/vectors/README.md: a file's cases in, `loss` and `gradient` out. Exact in float32 and float64 (-DF64):
  *
- *     cc -std=c99 -O2 -ffp-contract=off -Iext -o port tests/ports/through_header.c ext/lace_f32.c
+ *     cc -std=c99 -O2 -ffp-contract=off -Iext -o port tests/machines/through_header.c ext/lace_f32.c
  *     python -m lace_loss.ref check --command ./port --levels core gradient batch layout large --dtypes f32
  *
  * and, where ROOM is defined as 263425, at the level rows.

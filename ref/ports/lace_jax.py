@@ -3,11 +3,11 @@
     loss = lace_loss(logits, target)
     gradient = jax.grad(lace_loss)(logits, target)
 
-Certified on a CPU in float32 and float64 at every level, with the plain tolerances (an error may grow with the margin)
-and allowing for subnormal numbers, which XLA takes for 0:
+Certified on a CPU in float32 and float64 at every level, rows among them, with the plain tolerances, where an error may
+grow with the margin. --flushed allows for subnormal numbers, which XLA takes for 0:
 
-    python -m lace_loss.ref check tests/ports/lace_jax.py:answer --plain --flushed \
-        --product tests/ports/lace_jax.py:product
+    python -m lace_loss.ref check ref/ports/lace_jax.py:answer --plain --flushed \
+        --product ref/ports/lace_jax.py:product
 """
 
 from functools import partial

@@ -2,12 +2,12 @@
 //!
 //!     let (loss, gradient) = lace(&logits, &Target::Classes(&[1, 0]), &Options::default())?;
 //!
-//! Certified at the levels core, gradient, batch, layout and large. It computes in f64: data in f32 come out within the exact
-//! tolerances, data in f64 within the plain ones (an error may grow with the margin):
+//! Certified at the levels core, gradient, batch, layout, large and rows. It computes in f64. Results for f32 data are
+//! within the exact tolerances; for f64 within the plain ones, where an error may grow with the margin:
 //!
-//!     rustc -O --edition 2021 -o port tests/ports/lace.rs
-//!     python -m lace_loss.ref check --command ./port --levels core gradient batch layout large --dtypes f32
-//!     python -m lace_loss.ref check --command ./port --levels core gradient batch layout large --dtypes f64 --plain
+//!     rustc -O --edition 2021 -o port ref/ports/lace.rs
+//!     python -m lace_loss.ref check --command ./port --levels core gradient batch layout large rows --dtypes f32
+//!     python -m lace_loss.ref check --command ./port --levels core gradient batch layout large rows --dtypes f64 --plain
 
 use std::collections::HashMap;
 use std::io::{stdin, Read};
