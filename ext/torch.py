@@ -60,7 +60,6 @@ def lace_loss(
     strength: float = 1.0,
     normalizer: float | Tensor | None = None,
     statistics: bool = False,
-    gradient_in_forward: bool = False,
 ) -> Any:
     """Linearly Adaptive Cross Entropy between logits and target; arguments as `torch.nn.functional.cross_entropy`.
 
@@ -74,9 +73,6 @@ def lace_loss(
     statistics : return (loss, {"cross_entropy": -log q_t, "probability": q_t, "rank": classes ahead of t}), tensors of
         the target's shape without derivatives, for class indices. Rank < k is top-k accuracy; of equal logits the
         lower index is ahead. An ignored sample has 0, 0 and C.
-    gradient_in_forward : form the gradient together with the loss, for which logits are read once less. Of use with
-        many classes on a GPU, if nothing scales the loss: the gradient is formed again for an upstream gradient other
-        than 1. It takes its memory from the forward pass on.
 
     Raises
     ------
@@ -93,7 +89,6 @@ def lace_loss(
             strength=strength,
             normalizer=normalizer,
             statistics=statistics,
-            gradient_in_forward=gradient_in_forward,
         )
     if (
         weight is None
@@ -139,7 +134,7 @@ def lace_loss(
 
     if _kernel_applies(input, target, weight):
         if input.requires_grad and torch.is_grad_enabled():
-            loss, *found = _Kernel.apply(input, target, weight, options, statistics, gradient_in_forward)
+            loss, *found = _Kernel.apply(input, target, weight, options, statistics)
         else:
             loss, *found = _operation()(input, target, weight, None, False, *options, statistics)
     else:
@@ -155,8 +150,8 @@ def lace_loss(
 
 
 class LACELoss(_WeightedLoss):
-    """`lace_loss` as a module: constructed as `torch.nn.CrossEntropyLoss`, with `strength` and `gradient_in_forward`;
-    called with input, target and, on request, `normalizer` and `statistics`.
+    """`lace_loss` as a module: constructed as `torch.nn.CrossEntropyLoss`, with `strength`; called with input, target
+    and, on request, `normalizer` and `statistics`.
     """
 
     def __init__(
@@ -169,14 +164,12 @@ class LACELoss(_WeightedLoss):
         label_smoothing: float = 0.0,
         *,
         strength: float = 1.0,
-        gradient_in_forward: bool = False,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction)
         _checked(ignore_index, self.reduction, label_smoothing, strength)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.strength = strength
-        self.gradient_in_forward = gradient_in_forward
 
     def forward(
         self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None, statistics: bool = False
@@ -193,7 +186,6 @@ class LACELoss(_WeightedLoss):
             strength=self.strength,
             normalizer=normalizer,
             statistics=statistics,
-            gradient_in_forward=self.gradient_in_forward,
         )
 
     def extra_repr(self) -> str:
@@ -436,29 +428,16 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: Any,
-        statistics: bool,
-        gradient_in_forward: bool,
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: Any, statistics: bool
     ) -> tuple[Tensor, ...]:
-        ctx.options, ctx.formed = options, None
+        ctx.options = options
         ctx.set_materialize_grads(False)  # the statistics have none
         left: list[Any]
         if _on_gpu(input):
-            if gradient_in_forward and options[1] != "none" and not options[2] and not _is_recorded():
-                from . import gpu
-
-                given = (*options, statistics)
-                outputs = gpu.forward(input, target, weight, True, *given, gradient_in_forward=True)
-                ctx.formed = outputs.pop()
-            else:
-                outputs = _operation()(input, target, weight, None, True, *options, statistics)
-            loss, *left, found = *outputs[:3], outputs[3:]
+            loss, rows, divisor, *found = _operation()(input, target, weight, None, True, *options, statistics)
+            left = [rows, divisor]
         else:
-            at_once = gradient_in_forward or input.dtype not in _HALF
+            at_once = input.dtype not in _HALF
             loss, *others = _operation()(input, target, weight, None, at_once, *options, statistics)
             left, found = [others[0] if at_once else None, None], others[at_once:]
         ctx.save_for_backward(input, target, weight, *left)
@@ -469,13 +448,11 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return 6 * (None,)
-        if (formed := ctx.formed) is not None:
-            ctx.formed = None  # it may be written over, and serves once
-        return _differentiated(grad_output, ctx.saved_tensors, ctx.options, formed), *5 * (None,)
+            return 5 * (None,)
+        return _differentiated(grad_output, ctx.saved_tensors, ctx.options), *4 * (None,)
 
 
-def _differentiated(grad_output: Tensor, given: Any, options: Any, formed: Tensor | None = None) -> Tensor:
+def _differentiated(grad_output: Tensor, given: Any, options: Any) -> Tensor:
     """The gradient, from what the forward pass leaves, with derivatives of its own where they are asked for."""
     input, target, weight, *_ = given
     again = torch.is_grad_enabled()
@@ -483,10 +460,6 @@ def _differentiated(grad_output: Tensor, given: Any, options: Any, formed: Tenso
         return _composite_gradient(grad_output, input, target, weight, options, again)[0]
     if again:
         return _Gradient.apply(grad_output, *given, options)
-    if formed is not None:
-        from . import gpu
-
-        return gpu.backward(grad_output, *given, *options, formed=formed)
     return _gradient(*(grad_output, *given, options))
 
 

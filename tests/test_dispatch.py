@@ -165,7 +165,7 @@ def test_forward_mode_gives_a_tangent(at, kernel_calls):
 def test_a_kernel_that_met_a_tangent_would_refuse_and_not_drop_it(at):
     with forward_ad.dual_level(), pytest.raises(NotImplementedError):
         options = (-100, "mean", 0.0, 1.0)
-        lace_torch._Kernel.apply(forward_ad.make_dual(at.leaf(), at.vector), at.classes, None, options, False, False)
+        lace_torch._Kernel.apply(forward_ad.make_dual(at.leaf(), at.vector), at.classes, None, options, False)
 
 
 def test_derivatives_with_respect_to_targets_and_weights_are_there(device, kernel_calls):

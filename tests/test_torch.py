@@ -75,12 +75,11 @@ def test_third_derivatives_exist():
     )
 
 
-@pytest.mark.parametrize("gradient_in_forward", [False, True])
 @pytest.mark.parametrize("above", [1, 3])
-def test_backward_may_run_twice_on_a_retained_graph(gradient_in_forward, above, device):
+def test_backward_may_run_twice_on_a_retained_graph(above, device):
     for dtype in (torch.double, torch.float):
         input = leaf(dtype, device)
-        loss = above * lace_loss(input, CLASSES.to(device), gradient_in_forward=gradient_in_forward)
+        loss = above * lace_loss(input, CLASSES.to(device))
         loss.backward(retain_graph=True)
         once = input.grad.clone()
         loss.backward()
@@ -98,7 +97,6 @@ CALLS = {
     "weighted": {"weight": torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0])},
     "smoothed": {"label_smoothing": 0.1, "strength": 0.5},
     "statistics": {"statistics": True},
-    "in forward": {"gradient_in_forward": True},
 }
 
 
@@ -440,11 +438,10 @@ def test_the_gradient_is_the_same_to_the_bit_whether_or_not_a_second_may_follow(
     assert torch.equal(once, again.detach())
 
 
-@pytest.mark.parametrize("gradient_in_forward", [False, True])
-def test_logits_changed_before_backward_are_refused_and_not_used(gradient_in_forward, device):
+def test_logits_changed_before_backward_are_refused_and_not_used(device):
     input = leaf(torch.float, device)
     logits = 1 * input
-    loss = lace_loss(logits, CLASSES.to(device), gradient_in_forward=gradient_in_forward)
+    loss = lace_loss(logits, CLASSES.to(device))
     logits += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
