@@ -463,8 +463,7 @@ import torch  # noqa: E402
 from machines import emulated  # noqa: E402
 from machines.emulated import Driver, tensor  # noqa: E402
 
-from lace_loss.ext import gpu  # noqa: E402
-from lace_loss.ext.torch import lace_loss  # noqa: E402
+from lace_loss.ext.torch import kernels, lace_loss  # noqa: E402
 
 
 class Kept(Driver):
@@ -514,7 +513,7 @@ KERNELS = {
 }
 
 
-_lines, _first = inspect.getsourcelines(gpu._store_own.fn)
+_lines, _first = inspect.getsourcelines(kernels.store_own.fn)
 STORE_OWN = range(_first, _first + len(_lines))
 
 

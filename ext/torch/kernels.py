@@ -1,4 +1,4 @@
-"""The loss on a GPU: Triton kernels, and how `lace_loss.ext.torch` launches them.
+"""The loss on a GPU: the Triton kernels, which `gpu.py` launches.
 
 Logits are read where they lie: in rows (classes side by side) or in planes (the samples of an image side by side, as in
 (N, C, H, W)). The forward pass reads them once and leaves three floats a sample, from which the backward pass forms the
@@ -14,16 +14,10 @@ equal blocks one after the other cost the loss up to 93 ulp. Nothing here waits 
 programs are scheduled: the same bits in every run. Everything is float32.
 """
 
-import warnings
-from functools import cache
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-__all__ = ["backward", "forward", "gradient_like", "rows_like", "serves"]
+__all__ = ["backward", "forward", "store_own", "trial"]
 
 # Triton compares each global of a kernel before each launch, which took a quarter of it: numbers are written out here.
 # 1.4426950408889634 is log2 e, and 177 / 256 + 0.0017409305599452862 is ln 2: of eight bits, so that its multiples are
@@ -293,7 +287,7 @@ def _store(
 
 
 @triton.jit
-def _store_own(gradient, g, t, to, mine, samples, ROW: tl.constexpr):
+def store_own(gradient, g, t, to, mine, samples, ROW: tl.constexpr):
     """The target's entry, after those of all classes: to choose in each is a quarter of the instructions."""
     tl.debug_barrier()
     place = to + (t.to(tl.int64) * samples if ROW == 0 else t)
@@ -301,7 +295,7 @@ def _store_own(gradient, g, t, to, mine, samples, ROW: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
-def _forward(
+def forward(
     z, target, weight, loss, weights, rows, cross_entropy, probability, rank,
     samples, total, ignore_index, strength, rest, smoothing,
     C: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr,
@@ -407,7 +401,7 @@ def _next(rows, total, exists):
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
-def _backward(
+def backward(
     gradient, grad_output, z, target, weight, rows, divisor,
     samples, total, splits: tl.constexpr, ignore_index, strength, rest, smoothing,
     C: tl.constexpr, ROW: tl.constexpr, GRADIENT_ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -448,195 +442,9 @@ def _backward(
             value = _gradient(x, m, a, WIDE)
         _store(gradient, value, first, start, to, exists, samples, C, ROW, GRADIENT_ROW, BC, V)
     mine = exists if splits == 1 else (t + (start % V).to(tl.int32)) // BC % splits == tl.program_id(0) % splits
-    _store_own(gradient, g, t, to, mine, samples, ROW)
+    store_own(gradient, g, t, to, mine, samples, ROW)
 
 
 @triton.jit
-def _trial(place):
+def trial(place):
     tl.store(place, 1.0)
-
-
-_ENOUGH_PROGRAMS = 256  # about two for each multiprocessor
-
-
-@cache
-def serves(device: torch.device) -> bool:
-    """Whether kernels run there, which wants more than an import: Triton compiles a launcher, with a C compiler."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        with torch.cuda.device(device):
-            _trial[(1,)](torch.empty(1, device=device))
-    except Exception as error:
-        message = f"Triton cannot run the loss's kernels on {device}, so torch's own operations do: {error!r}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return False
-    return True
-
-
-def forward(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    kept: bool,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    strength: float,
-    statistics: bool,
-) -> list[Tensor]:
-    """The loss in float32; if `kept`, what `backward` needs, floats of every sample and the mean's divisor; and the
-    three statistics, if asked for.
-    """
-    z, row, side_by_side = _laid_out(input)
-    classes, total, mean = _classes(input), target.numel(), reduction == "mean"
-    target, weight = target.contiguous(), None if weight is None else weight.float().contiguous()
-    rows = rows_like(input, label_smoothing) if kept else None
-    found = [z.new_empty(target.shape, dtype=x) for x in (torch.float32, torch.float32, torch.int64)] * statistics
-    bm, bc, v, warps = _block(z, row, side_by_side, label_smoothing > 0)
-
-    # Few logits are a matter of launches: one program reduces the loss, too.
-    in_one = reduction != "none" and row > 0 and 0 < total <= 8192
-    in_one = in_one and bc >= classes and _power_of_2(total) * bc <= 16384
-    # The loss is a tensor of its own, for it may be changed in place.
-    pairs = z.new_empty((2, *target.shape), dtype=torch.float32) if mean and not in_one else None
-    loss = z.new_empty(() if in_one else target.shape, dtype=torch.float32) if pairs is None else pairs[1]
-    weights = pairs[0] if pairs is not None else torch.empty_like(loss) if in_one and mean else None
-    if total:
-        if in_one:
-            bm = _power_of_2(total)
-            bc = min(bc, 8192 // bm)
-            warps = _warps(bm * bc)
-        _launch(
-            _forward, total // side_by_side * triton.cdiv(side_by_side, bm), warps, input,
-            *(z, target, weight, loss, weights, rows, *(found or 3 * [None])),
-            *(side_by_side, total, ignore_index, strength, 1 - strength, label_smoothing),
-            *(classes, row, bm, bc, v, label_smoothing > 0, reduction if in_one else "none"),
-        )  # fmt: skip
-    divisor = weights
-    if pairs is not None:
-        divisor, loss = pairs.view(2, -1).sum(1).unbind()
-        loss = loss / divisor
-    elif reduction == "sum" and not in_one:
-        loss = loss.sum()
-    left = [] if rows is None else [rows, loss.new_empty(0) if divisor is None else divisor]
-    return [loss, *left, *found]
-
-
-def backward(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    rows: Tensor,
-    divisor: Tensor,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    strength: float,
-) -> Tensor:
-    """The gradient times `grad_output`."""
-    z, row, side_by_side = _laid_out(input)
-    classes, total = _classes(input), target.numel()
-    target, weight = target.contiguous(), None if weight is None else weight.float().contiguous()
-    gradient = gradient_like(input)
-    each = any(grad_output.stride())
-    grad_output = grad_output.resolve_neg().contiguous() if each else grad_output
-    gradient_row = _gradient_row(row, classes)
-    bm, bc, v, warps = _block(z, row, side_by_side, label_smoothing > 0)
-    blocks, columns = total // max(1, side_by_side) * triton.cdiv(side_by_side, bm), triton.cdiv(classes, bc)
-    splits = _power_of_2(min(columns, triton.cdiv(16 * _ENOUGH_PROGRAMS, max(1, blocks))))
-    if total:
-        _launch(
-            _backward, blocks * splits, warps, input,
-            *(gradient, grad_output, z, target, weight, rows, divisor if reduction == "mean" else None),
-            *(side_by_side, total, splits, ignore_index, strength, 1 - strength, label_smoothing),
-            *(classes, row, gradient_row, bm, bc, v, label_smoothing > 0, each),
-        )  # fmt: skip
-    return gradient
-
-
-def _launch(kernel: Any, programs: int, warps: int, input: Tensor, *arguments: Any) -> None:
-    with torch.cuda.device_of(input):  # launches go to the current device
-        kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=True)  # 3.9 wants to be told
-
-
-def _warps(logits: int) -> int:
-    """Of a program."""
-    return max(1, min(4, logits // 256), min(16, logits // 1024))
-
-
-def _classes(input: Tensor) -> int:
-    return input.shape[min(1, input.dim() - 1)]
-
-
-def _laid_out(input: Tensor) -> tuple[Tensor, int, int]:
-    """The logits or, if they lie neither in rows nor in planes, a copy; the distance of rows, 0 for planes; and how
-    many samples follow each other.
-    """
-    z, classes = input.detach().resolve_neg(), _classes(input)
-    if z.dim() == 2 and (classes == 1 or z.stride(1) == 1) and z.stride(0) >= classes:
-        return z, z.stride(0), z.shape[0]
-    if z.dim() == 2 and z.t().is_contiguous():
-        return z, 0, z.shape[0]
-    if z.dim() > 2 and z.movedim(1, -1).is_contiguous():
-        return z, classes, z.numel() // classes
-    z = z.contiguous()
-    return (z, 0, z[0, 0].numel()) if z.dim() > 2 and z.shape[0] else (z, classes, z.numel() // classes)
-
-
-def gradient_like(input: Tensor) -> Tensor:
-    """Room for the gradient, where `backward` writes it: as the logits lie, without large gaps."""
-    z, row, _ = _laid_out(input)
-    classes = _classes(input)
-    if row in (0, classes):
-        return torch.empty_like(z)
-    return z.new_empty((z.shape[0], _gradient_row(row, classes)))[:, :classes]
-
-
-def _gradient_row(row: int, classes: int) -> int:
-    """The distance of its rows: that of the logits' where these are cut from somewhat longer ones, for one pattern of
-    16 bytes to serve both.
-    """
-    return row if row <= classes + classes // 8 else classes
-
-
-def rows_like(input: Tensor, label_smoothing: float) -> Tensor:
-    """Room for what the backward pass wants to know of each sample."""
-    return input.new_empty((7 if label_smoothing else 3, input.numel() // _classes(input)), dtype=torch.float32)
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
-def _block(z: Tensor, row: int, side_by_side: int, smoothed: bool) -> tuple[int, int, int, int]:
-    """Samples and classes of a program, how many logits make up 16 bytes where rows begin in between, and its warps.
-
-    The many instructions of a sample after its last logit are run by all threads that share it. Where there are samples
-    enough, a thread has them for itself, or a warp. Elsewhere more threads are faster.
-    """
-    classes, v = _classes(z), 16 // z.element_size()
-    samples = z.numel() // classes
-    shifted = row > 0 and (classes % v or row % v) and _gradient_row(row, classes) == row and z.data_ptr() % 16 == 0
-    if row == 0 and not smoothed and side_by_side >= 32 and samples >= 32 * _ENOUGH_PROGRAMS:
-        warps = 2 if classes >= 64 else 1
-        bm = 32 * v * warps
-        while bm > 32 and (bm > side_by_side or samples < 2 * bm * _ENOUGH_PROGRAMS):
-            bm //= 2
-        return bm, min(4 * warps, _power_of_2(classes)), 1, warps
-    if row > 0 and not smoothed and classes <= 512 and samples >= 64 * _ENOUGH_PROGRAMS:
-        bm = 128
-        while samples < 2 * bm * _ENOUGH_PROGRAMS:
-            bm //= 2
-        return bm, v, v if shifted else 1, 1
-    if row > 0 and not smoothed and classes > 512 and samples >= 8 * _ENOUGH_PROGRAMS:
-        bm, bc = (32, 4 * v) if classes <= 2048 and samples >= 64 * _ENOUGH_PROGRAMS else (1, 1024)
-        return bm, bc, v if shifted else 1, 1
-    # 32 logits a thread; 16 with smoothing, which keeps more in registers.
-    logits = 2048 if smoothed else 4096
-    bc = min(_power_of_2(classes + v - 1 if shifted else classes), logits if row else 32)
-    bm = min(logits // bc, _power_of_2(side_by_side))
-    while bm > max(1, 512 // bc) and samples < _ENOUGH_PROGRAMS * bm:
-        bm //= 2
-    return bm, bc, v if shifted and classes >= v else 1, _warps(bm * bc)
