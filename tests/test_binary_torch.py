@@ -19,8 +19,7 @@ from tolerances import COMPOSITE, FLOAT32, FLOAT64, ULP, UNDERFLOW
 from torch.autograd import forward_ad
 
 from lace_loss import ref
-from lace_loss.ext import torch as lace_torch
-from lace_loss.ext.torch import BinaryLACELoss, binary_lace_loss
+from lace_loss.ext.torch import BinaryLACELoss, binary_lace_loss, gpu
 
 binary = sys.modules[binary_lace_loss.__module__]
 
@@ -139,7 +138,7 @@ def test_labels_are_within_the_contract(strength, hard, device):
     """4 ulp on a CPU, 16 on a GPU, of mpmath."""
     largest = float(np.finfo(np.float32).max) / 2
     z = np.clip(LOGITS, -largest, largest).astype(np.float32)
-    bound, least = ULP["kernel" if device == "cpu" and not lace_torch._on_gpu(torch.zeros(1)) else "gpu"], 2.0**-149
+    bound, least = ULP["kernel" if device == "cpu" and not gpu.on_gpu(torch.zeros(1)) else "gpu"], 2.0**-149
     for present in (False, True):
         input = torch.tensor(z, device=device, requires_grad=True)
         target = torch.full(z.shape, present, device=device)

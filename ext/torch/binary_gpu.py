@@ -1,4 +1,4 @@
-"""LACE of labels on a GPU: Triton kernels, label by label, and how `binary_torch` launches them.
+"""LACE of labels on a GPU: Triton kernels, label by label, and how `binary.py` launches them.
 
 Both passes read the labels once; the backward pass forms the gradient anew. With e = exp(-|z|), the class with the
 larger logit has q = 1 / (1 + e), 1 - q = e q and -log q = log1p(e). The other one has 1 - q = 1 / (1 + e) and
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu import _exp_of_row, _factors, _launch, _log1p, _weighted
+from .gpu import launch
+from .kernels import _exp_of_row, _factors, _log1p, _weighted
 
 _BLOCK = 1024  # labels of a program
 
@@ -97,7 +98,7 @@ def forward(
     programs, span, parts, long = _shared_out(count, row)
     loss = input.new_empty(programs if summed else input.shape, dtype=torch.float32)
     if count:
-        _launch(
+        launch(
             _binary_forward, programs, 4, input, *(_flat(input), _flat(target), weight, pos_weight, loss),
             *(span, parts, row, count, strength, 1 - strength, _BLOCK, long, summed),
         )  # fmt: skip
@@ -122,7 +123,7 @@ def backward(
     programs, span, parts, long = _shared_out(count, row)
     gradient = input.new_empty(input.shape)
     if count:
-        _launch(
+        launch(
             _binary_backward, programs, 4, input,
             *(gradient, _flat(grad_output), _flat(input), _flat(target), weight, pos_weight, divisor),
             *(span, parts, row, count, strength, 1 - strength, _BLOCK, long, reduction == "none"),
