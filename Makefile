@@ -35,7 +35,7 @@ lint: .venv/installed
 
 # A strict editable install links the folders, so that edits are live and type checkers find the modules; new files and the
 # C kernel need this rule again, which the folders' own dates trigger.
-.venv/installed: pyproject.toml setup.py ref ext train $(wildcard ext/*.pyx ext/*.c ext/*.h ext/builds/*)
+.venv/installed: pyproject.toml setup.py ref ext ext/torch train $(wildcard ext/*.pyx ext/*.c ext/*.h ext/builds/*)
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]' --config-settings editable_mode=strict
 	touch $@

@@ -23,6 +23,8 @@ static inline Wide wide(double x) { return x; }
 static inline double w_rounded(Wide a) { return a; }
 static inline Wide w_sum(Wide a, Wide b) { return a + b; }
 static inline Wide w_product(Wide a, Wide b) { return a * b; }
+static inline Wide w_scaled(Wide a, double power_of_2) { return a * power_of_2; }
+static inline Wide w_plus(double a, Wide b) { return a + b; }
 static inline Wide w_either(int first, Wide a, Wide b) { return first ? a : b; }
 
 typedef struct { double value[BLOCK]; } Wides;
@@ -79,6 +81,21 @@ static inline double w_rounded(Wide a) { return rounded(a); }
 static inline Wide w_sum(Wide a, Wide b) { return add(a, b); }
 static inline Wide w_product(Wide a, Wide b) { return multiply(a, b); }
 
+static inline Wide w_scaled(Wide a, double power_of_2)
+{
+    a.high *= power_of_2;
+    a.low *= power_of_2;
+    return a;
+}
+
+/* a + b. What it lacks of w_sum is that the low part is at most about an ulp of the high one. */
+static inline Wide w_plus(double a, Wide b)
+{
+    Pair p = two_sum(a, b.high);
+    p.low += b.low;
+    return p;
+}
+
 static inline Wide w_either(int first, Wide a, Wide b)
 {
     Pair p = {first ? a.high : b.high, first ? a.low : b.low};
@@ -101,8 +118,8 @@ static inline void w_store(Wides *wides, size_t l, Wide x)
 
 static inline Wide w_inverse(Wide *part, Wide e)
 {
-    *part = divide(e, add(wide(2), e));
-    return divide(wide(1), add(wide(1), e));
+    *part = divide(e, w_plus(2, e));
+    return divide(wide(1), w_plus(1, e));
 }
 
 static inline double log_series(double x)
@@ -123,7 +140,7 @@ static void kept_exponentials(double *restrict e, const double *restrict size, s
 static inline double times(Wide x, double factor, double kept)
 {
     const int large = kept > 1 && (factor > 4294967296.0 || factor < -4294967296.0); /* 2^32 */
-    return w_rounded(w_product(x, wide(large ? factor / kept : factor))) * (large ? 1 : 1 / kept);
+    return (w_rounded(x) * (large ? factor / kept : factor)) * (large ? 1 : 1 / kept);
 }
 
 /* BLOCK labels or fewer side by side, in double so that a compiler works on as many of each at once. `top` is the class with
@@ -166,10 +183,16 @@ static void load_labels(Labels *x, const BinaryArgs *args, size_t i, size_t coun
     }
 }
 
-/* Three loops, for the reason that `exp_reduce_to` has three. */
-static void solve_labels(Labels *x, double strength, size_t count)
+/* (1-s) + s x; at `whole` strength nothing is to be done. */
+static inline Wide tempered(int whole, Wide s, Wide rest, Wide x)
 {
-    const Wide s = wide(strength), rest = w_sum(wide(1), wide(-strength)), unkept = wide(1 / KEPT);
+    return whole ? x : w_sum(rest, w_product(s, x));
+}
+
+/* Three loops, for the reason that `exp_reduce_to` has three. */
+static inline void solve_labels(Labels *x, double strength, int whole, size_t count)
+{
+    const Wide s = wide(strength), rest = w_sum(wide(1), wide(-strength));
     double e[BLOCK]; /* KEPT times */
     Wides larges, logs;
     kept_exponentials(e, x->size, count);
@@ -177,22 +200,22 @@ static void solve_labels(Labels *x, double strength, size_t count)
         Wide part;
         w_store(&larges, l, w_inverse(&part, wide(e[l] * (1 / KEPT))));
         const double s1 = w_rounded(part), s2 = s1 * s1;
-        const double y = log_series(s2);
-        w_store(&logs, l, w_sum(w_sum(part, part), wide(s1 * (s2 * y))));
+        w_store(&logs, l, w_plus(s1 * (s2 * log_series(s2)), w_scaled(part, 2)));
     }
     for (size_t l = 0; l < count; l++) {
         /* f and K (1-q) of both classes; of a small e the logarithm is e, too, and has fewer digits where it is subnormal */
-        const Wide large = w_load(&larges, l), log = w_load(&logs, l), n = w_sum(wide(x->size[l]), log);
-        const Wide kept_small = w_product(wide(e[l]), large), small = w_product(kept_small, unkept);
+        const Wide large = w_load(&larges, l), log = w_load(&logs, l), n = w_plus(x->size[l], log);
+        const Wide kept_small = w_product(wide(e[l]), large), small = w_scaled(kept_small, 1 / KEPT);
         const int tiny = KEPT > 1 && e[l] < KEPT * 8.673617379884035e-19; /* 2^-60 */
-        const Wide kept_log = w_either(tiny, kept_small, w_product(log, wide(KEPT)));
-        const Wide f_top = w_product(w_sum(rest, w_product(s, small)), kept_log);
-        const Wide f_other = w_product(w_sum(rest, w_product(s, large)), n);
-        const Wide g_top = w_product(w_sum(rest, w_product(s, w_sum(small, w_product(large, log)))), kept_small);
-        const Wide g_other = w_product(w_sum(rest, w_product(s, w_sum(large, w_product(small, n)))), large);
+        const Wide kept_log = w_either(tiny, kept_small, w_scaled(log, KEPT));
+        const Wide f_top = w_product(tempered(whole, s, rest, small), kept_log);
+        const Wide f_other = w_product(tempered(whole, s, rest, large), n);
+        const Wide k_top = tempered(whole, s, rest, w_sum(small, w_product(large, log)));
+        const Wide k_other = tempered(whole, s, rest, w_sum(large, w_product(small, n)));
         const double top = x->top[l], other = x->other[l], scale = x->slope_scale[l];
         x->loss[l] = times(f_top, top, KEPT) + times(f_other, other, 1);
-        x->slope[l] = times(g_other, other * scale, 1) - times(g_top, top * scale, KEPT);
+        x->slope[l] = times(w_product(k_other, large), other * scale, 1) -
+                      times(w_product(k_top, kept_small), top * scale, KEPT);
     }
 }
 
@@ -208,7 +231,10 @@ int64_t NAME(lace_binary)(const BinaryArgs *args)
         const Real *z = args->logits + i;
         Labels x;
         load_labels(&x, args, i, count);
-        solve_labels(&x, (double)args->strength, count);
+        if (args->strength == 1)
+            solve_labels(&x, 1, 1, count);
+        else
+            solve_labels(&x, (double)args->strength, 0, count);
         if (args->loss)
             for (size_t l = 0; l < count; l++) {
                 const Real loss = (Real)x.loss[l]; /* of LARGEST where |z| is infinite */

@@ -73,7 +73,8 @@ def installed() -> Iterator[tuple[str, str, list[str], float, Implementation | s
     try:
         import torch
 
-        from lace_loss.ext import torch as lace
+        from lace_loss.ext.torch import check_target, lace_loss
+        from lace_loss.ext.torch.composite import composite as form
     except ImportError as error:
         yield "torch", "", [], False, str(error)
         return
@@ -86,17 +87,17 @@ def installed() -> Iterator[tuple[str, str, list[str], float, Implementation | s
             "strength": 1.0,
         } | options
         if target.shape != input.shape:
-            lace.check_target(target, input.shape[lace._class_axis(input)], given["ignore_index"])
-        return lace._composite(input, target, weight, **given).to(input.dtype)
+            check_target(target, input.shape[min(1, input.dim() - 1)], given["ignore_index"])
+        return form(input, target, weight, **given).to(input.dtype)
 
     for dtype in ("f64", "f32", "f16", "bf16"):
-        yield "torch CPU", dtype, first, False, in_torch(lace.lace_loss, dtype, "cpu")
+        yield "torch CPU", dtype, first, False, in_torch(lace_loss, dtype, "cpu")
     for dtype in ("f64", "f32", "f16", "bf16"):
         yield "composite", dtype, list(LEVELS), True, in_torch(composite, dtype, "cpu")
     if torch.cuda.is_available():
         # 16 ulp of float32; halves are rounded once, and float64 takes the composite form.
         for dtype, plain in (("f64", True), ("f32", 4), ("f16", False), ("bf16", False)):
-            yield "torch CUDA", dtype, first, plain, in_torch(lace.lace_loss, dtype, "cuda")
+            yield "torch CUDA", dtype, first, plain, in_torch(lace_loss, dtype, "cuda")
         for dtype in ("f64", "f32", "f16", "bf16"):
             yield "composite CUDA", dtype, list(LEVELS), True, in_torch(composite, dtype, "cuda")
     else:

@@ -19,8 +19,7 @@ from tolerances import COMPOSITE, FLOAT32, FLOAT64, ULP, UNDERFLOW
 from torch.autograd import forward_ad
 
 from lace_loss import ref
-from lace_loss.ext import torch as lace_torch
-from lace_loss.ext.torch import BinaryLACELoss, binary_lace_loss
+from lace_loss.ext.torch import BinaryLACELoss, binary_lace_loss, gpu
 
 binary = sys.modules[binary_lace_loss.__module__]
 
@@ -139,7 +138,7 @@ def test_labels_are_within_the_contract(strength, hard, device):
     """4 ulp on a CPU, 16 on a GPU, of mpmath."""
     largest = float(np.finfo(np.float32).max) / 2
     z = np.clip(LOGITS, -largest, largest).astype(np.float32)
-    bound, least = ULP["kernel" if device == "cpu" and not lace_torch._on_gpu(torch.zeros(1)) else "gpu"], 2.0**-149
+    bound, least = ULP["kernel" if device == "cpu" and not gpu.on_gpu(torch.zeros(1)) else "gpu"], 2.0**-149
     for present in (False, True):
         input = torch.tensor(z, device=device, requires_grad=True)
         target = torch.full(z.shape, present, device=device)
@@ -224,6 +223,26 @@ def test_gradients_and_their_gradients_match_finite_differences(path):
 
         assert torch.autograd.gradcheck(loss, input, check_forward_ad=True, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(loss, input, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("above", [1.0, 0.25, 65536.0, float("nan")])
+def test_a_gradient_is_its_caller_s_and_right_for_every_loss_scale(above, device):
+    z, y = torch.linspace(-60, 60, 121, device=device).requires_grad_(), torch.ones(121, device=device)
+    loss = above * binary_lace_loss(z, y)
+    (first,) = torch.autograd.grad(loss, z, retain_graph=True)
+    wanted = ref.binary_backward(z.detach().cpu(), y.cpu(), above)
+    assert np.allclose(first.cpu(), wanted, rtol=2e-6, atol=2.0**-148, equal_nan=True)
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, z)
+    assert np.allclose(second.cpu(), wanted, rtol=2e-6, atol=2.0**-148, equal_nan=True)
+
+
+def test_without_a_graph_no_gradient_is_formed(monkeypatch):
+    monkeypatch.setattr(binary, "_loss_and_gradient", None)
+    z, y = torch.randn(5, requires_grad=True), torch.ones(5)
+    with torch.no_grad():
+        assert not binary_lace_loss(z, y).requires_grad
+    binary_lace_loss(z.detach(), y)
 
 
 def test_target_and_weights_have_derivatives_too():

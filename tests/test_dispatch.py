@@ -3,7 +3,6 @@
 The witness is `ref`: its gradient for what is a first derivative, its Hessian-vector product for a second one.
 """
 
-import importlib
 import shutil
 from contextlib import nullcontext
 from itertools import product
@@ -16,8 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from lace_loss import ref
-from lace_loss.ext import torch as lace_torch
-from lace_loss.ext.torch import LACELoss, lace_loss
+from lace_loss.ext import _cpu
+from lace_loss.ext.torch import LACELoss, cpu, gpu, lace_loss
 
 torch.manual_seed(0)
 INPUT, VECTOR = 3 * torch.randn(4, 5, dtype=torch.double), torch.randn(4, 5, dtype=torch.double)
@@ -53,18 +52,16 @@ class Problem:
 
 @pytest.fixture
 def at(device):
-    return Problem(device, torch.float if lace_torch._on_gpu(torch.empty(0, device=device)) else torch.double)
+    return Problem(device, torch.float if gpu.on_gpu(torch.empty(0, device=device)) else torch.double)
 
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Grows by one whenever a kernel runs."""
-    calls, job = [], lace_torch._cpu.KernelCall
-    monkeypatch.setattr(lace_torch._cpu, "KernelCall", lambda *args: calls.append(1) or job(*args))
-    if lace_torch._has_triton():
-        gpu = importlib.import_module("lace_loss.ext.gpu")
-        launch = gpu._launch
-        monkeypatch.setattr(gpu, "_launch", lambda *args: calls.append(1) or launch(*args))
+    calls, job = [], _cpu.KernelCall
+    monkeypatch.setattr(_cpu, "KernelCall", lambda *args: calls.append(1) or job(*args))
+    launch = gpu.launch
+    monkeypatch.setattr(gpu, "launch", lambda *args: calls.append(1) or launch(*args))
     torch.compiler.reset()
     return calls
 
@@ -165,7 +162,8 @@ def test_forward_mode_gives_a_tangent(at, kernel_calls):
 def test_a_kernel_that_met_a_tangent_would_refuse_and_not_drop_it(at):
     with forward_ad.dual_level(), pytest.raises(NotImplementedError):
         options = (-100, "mean", 0.0, 1.0)
-        lace_torch._Kernel.apply(forward_ad.make_dual(at.leaf(), at.vector), at.classes, None, options, False, False)
+        loss = gpu.OnGPU if gpu.on_gpu(at.input) else cpu.OnCPU
+        loss.apply(forward_ad.make_dual(at.leaf(), at.vector), at.classes, None, options, False)
 
 
 def test_derivatives_with_respect_to_targets_and_weights_are_there(device, kernel_calls):
@@ -177,7 +175,7 @@ def test_derivatives_with_respect_to_targets_and_weights_are_there(device, kerne
 
 
 def test_the_kernel_serves_half_types_and_on_a_cpu_mixed_probabilities(at, kernel_calls):
-    on_gpu = lace_torch._on_gpu(at.input)
+    on_gpu = gpu.on_gpu(at.input)
     for dtype in (torch.float16, torch.bfloat16):
         for target in (at.classes, at.probabilities.to(dtype), at.probabilities.float()):
             lace_loss(at.input.to(dtype).requires_grad_(), target).backward()
@@ -264,7 +262,7 @@ def test_a_bad_class_is_nan_where_a_composite_or_on_a_gpu_is_compiled_and_refuse
     bad = torch.tensor([0, 5, 1, 2], device=at.device)
     compiled = torch.compile(lace_loss, fullgraph=True, backend="aot_eager")
     z, spoilt = at.leaf(), [False, True, False, False]
-    if lace_torch._on_gpu(z):
+    if gpu.on_gpu(z):
         assert torch.autograd.grad(compiled(z, bad), z)[0].isnan().any(1).tolist() == spoilt
     else:
         with pytest.raises(IndexError, match=r"target\[1\] is 5, not a class: 0 to 4"):
@@ -283,11 +281,12 @@ def test_the_registered_operation_passes_opcheck(dtype):
             for reduction, shape in (("none", samples), ("mean", ())):
                 for seed in (None, torch.ones(shape, dtype=dtype)):
                     options = (seed is not None, -100, reduction, 0.1, 1.0, target.dim() < input.dim())
-                    torch.library.opcheck(lace_torch._registered, (z, target, WEIGHT.to(dtype), seed, *options))
+                    torch.library.opcheck(cpu.registered, (z, target, WEIGHT.to(dtype), seed, *options))
 
 
 def test_the_registered_operation_by_itself_refuses_derivatives(at):
-    bare, *_ = lace_torch._registered(at.leaf(), at.classes, None, None, False, -100, "mean", 0.0, 1.0, False)
+    compute, *more = (gpu.registered_forward,) if gpu.on_gpu(at.input) else (cpu.registered, None)
+    bare, *_ = compute(at.leaf(), at.classes, None, *more, False, -100, "mean", 0.0, 1.0, False)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         bare.backward()
 

@@ -92,6 +92,17 @@ def test_optax_is_right_for_two_classes_at_any_margin():
     assert span(peer, "f32", 2) == span(peer, "f64", 2) == ("all", "never")
 
 
+def test_the_losses_of_labels_of_torchvision_and_timm_have_lost_float32_at_margin_17():
+    for package, name, make, binary in PEERS:
+        if binary and package in ("torchvision", "timm"):
+            try:
+                peer = make()
+            except ImportError as problem:
+                pytest.skip(f"{package} is not installed: {problem}")
+            assert max(worst(peer, np.float32, 4, 2)) < 1e-5, name
+            assert max(worst(peer, np.float32, 17, 2)) >= 0.99, name
+
+
 def test_the_table_is_markdown_that_fits_a_page_and_names_every_peer(capsys):
     main()
     printed = capsys.readouterr().out
@@ -103,6 +114,6 @@ def test_the_table_is_markdown_that_fits_a_page_and_names_every_peer(capsys):
         mine = [row for row in rows if row.startswith(f"| {package} {name} |")]
         absent = re.search(rf"^{package} {re.escape(name)}: not installed", printed, re.M)
         assert [row.split(" | ")[1] for row in mine] == ([] if absent else ["f32", "f64"])
-    for name in ("ext", "LACELoss"):
+    for name in ("ext", "LACELoss", "BinaryLACELoss, C = 2"):
         verdicts = re.findall(rf"^\| lace_loss {name} \| f.. \| (\w+), \S+ \| (\w+) \| (\w+) \|", printed, re.M)
         assert verdicts == [("yes", "all", "never")] * 2

@@ -464,8 +464,7 @@ import torch  # noqa: E402
 from machines import emulated  # noqa: E402
 from machines.emulated import Driver, tensor  # noqa: E402
 
-from lace_loss.ext import gpu  # noqa: E402
-from lace_loss.ext.torch import lace_loss  # noqa: E402
+from lace_loss.ext.torch import kernels, lace_loss  # noqa: E402
 
 
 class Kept(Driver):
@@ -512,11 +511,10 @@ KERNELS = {
     "long rows that do": ((2, 4099), torch.float32, {}),
     "smoothed and weighted": ((9, 150), torch.float32, {"label_smoothing": 0.1, "weight": torch.ones(150)}),
     "planes": ((2, 5, 3, 7), torch.float32, {}),
-    "gradient at once": ((3, 9004), torch.float32, {"gradient_in_forward": True}),
 }
 
 
-_lines, _first = inspect.getsourcelines(gpu._store_own.fn)
+_lines, _first = inspect.getsourcelines(kernels.store_own.fn)
 STORE_OWN = range(_first, _first + len(_lines))
 
 
@@ -545,7 +543,7 @@ def test_no_barrier_and_no_guard_of_a_compiled_kernel_can_be_left_out_unseen(sha
         for i, instruction in enumerate(kernel.instructions):
             if instruction.text.startswith("bar.sync"):
                 without = outcome(changed(kernel, i, run=lambda machine: None), programs, given, shared)
-                alone = len(shape) > 2 or "gradient_in_forward" in options
+                alone = len(shape) > 2
                 assert without is None or (alone and int(instruction.source.split(":")[1]) in STORE_OWN), instruction
                 barriers += without is None
             elif instruction.guard and instruction.run:

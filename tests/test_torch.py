@@ -13,8 +13,8 @@ import torch
 from tolerances import COMPOSITE, FLOAT32, FLOAT64
 
 from lace_loss import ref
-from lace_loss.ext import torch as lace_torch
-from lace_loss.ext.torch import LACELoss, check_target, lace_loss
+from lace_loss.ext import _cpu
+from lace_loss.ext.torch import LACELoss, check_target, gpu, lace_loss
 
 torch.manual_seed(0)
 INPUT = 3 * torch.randn(4, 5, dtype=torch.double)
@@ -75,12 +75,11 @@ def test_third_derivatives_exist():
     )
 
 
-@pytest.mark.parametrize("gradient_in_forward", [False, True])
 @pytest.mark.parametrize("above", [1, 3])
-def test_backward_may_run_twice_on_a_retained_graph(gradient_in_forward, above, device):
+def test_backward_may_run_twice_on_a_retained_graph(above, device):
     for dtype in (torch.double, torch.float):
         input = leaf(dtype, device)
-        loss = above * lace_loss(input, CLASSES.to(device), gradient_in_forward=gradient_in_forward)
+        loss = above * lace_loss(input, CLASSES.to(device))
         loss.backward(retain_graph=True)
         once = input.grad.clone()
         loss.backward()
@@ -98,7 +97,6 @@ CALLS = {
     "weighted": {"weight": torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0])},
     "smoothed": {"label_smoothing": 0.1, "strength": 0.5},
     "statistics": {"statistics": True},
-    "in forward": {"gradient_in_forward": True},
 }
 
 
@@ -169,8 +167,8 @@ def test_the_usual_backward_hands_out_the_very_gradient_that_the_forward_pass_fo
 
 def test_the_kernel_reads_tensors_without_a_copy(monkeypatch):
     seen = []
-    job = lace_torch._cpu.KernelCall
-    monkeypatch.setattr(lace_torch._cpu, "KernelCall", lambda *tensors: seen.extend(tensors[2:4]) or job(*tensors))
+    job = _cpu.KernelCall
+    monkeypatch.setattr(_cpu, "KernelCall", lambda *tensors: seen.extend(tensors[2:4]) or job(*tensors))
     input = leaf()
     lace_loss(input, CLASSES).backward()
     assert [x.data_ptr() for x in seen] == [input.data_ptr(), CLASSES.data_ptr()]
@@ -194,7 +192,7 @@ def test_half_types_are_computed_in_float32_and_rounded_once(dtype, shape, targe
         wide_loss = lace_loss(wide, wide_target, reduction=reduction)
         wide_loss.backward(grad_output.float())
         assert loss.dtype == half.grad.dtype == dtype
-        eps = torch.finfo(dtype).eps if lace_torch._on_gpu(input) else 0
+        eps = torch.finfo(dtype).eps if gpu.on_gpu(input) else 0
         torch.testing.assert_close(loss, wide_loss.to(dtype), rtol=eps, atol=0)
         assert torch.allclose(half.grad, wide.grad.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
 
@@ -400,7 +398,7 @@ def test_autocast_needs_no_memory_but_the_gradient():
 
 def test_on_a_gpu_a_class_that_does_not_exist_makes_its_own_sample_nan(device):
     input, target = leaf(torch.float, device), torch.tensor([0, 5, -100, 2**32], device=device)
-    if not lace_torch._on_gpu(input):
+    if not gpu.on_gpu(input):
         pytest.skip("refused on a CPU")
     for options in ({}, {"label_smoothing": 0.1}, {"weight": torch.rand(5, device=device)}):
         input.grad = None
@@ -440,11 +438,10 @@ def test_the_gradient_is_the_same_to_the_bit_whether_or_not_a_second_may_follow(
     assert torch.equal(once, again.detach())
 
 
-@pytest.mark.parametrize("gradient_in_forward", [False, True])
-def test_logits_changed_before_backward_are_refused_and_not_used(gradient_in_forward, device):
+def test_logits_changed_before_backward_are_refused_and_not_used(device):
     input = leaf(torch.float, device)
     logits = 1 * input
-    loss = lace_loss(logits, CLASSES.to(device), gradient_in_forward=gradient_in_forward)
+    loss = lace_loss(logits, CLASSES.to(device))
     logits += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -546,7 +543,7 @@ def test_the_ignored_index_may_be_either_end_of_64_bits(ignored, path, device):
             torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=FLOAT32, atol=0)
     for last in (other, 2**62, -100):
         target = torch.tensor([0, 1, 2, last], device=device)
-        if input.is_cuda or (lace_torch._on_gpu(input) and path == "kernel"):
+        if input.is_cuda or (gpu.on_gpu(input) and path == "kernel"):
             losses = lace_loss(input, target, ignore_index=ignored, reduction="none")
             assert losses.isnan().tolist() == [False, False, False, True]
         else:

@@ -71,17 +71,17 @@ def candidates(shape, threads, compiled):
             lambda: halves.loss(**arguments, loss_out=losses),
             lambda: halves.loss_gradient(**arguments, loss_out=losses, gradient_out=out),
         )
+    found["copy"] = (None, copies(z, out, threads))
+    return found
+
+
+def copies(z, out, threads):
+    """A function that copies z to out on so many threads."""
+    if threads == 1:
+        return lambda: np.copyto(out, z)
     parts = [slice(len(z) * i // threads, len(z) * (i + 1) // threads) for i in range(threads)]
     pool = ThreadPoolExecutor(threads)
-
-    def copy():
-        if threads == 1:
-            np.copyto(out, z)
-        else:
-            list(pool.map(lambda part: np.copyto(out[part], z[part]), parts))
-
-    found["copy"] = (None, copy)
-    return found
+    return lambda: list(pool.map(lambda part: np.copyto(out[part], z[part]), parts))
 
 
 def seconds(function, calls):

@@ -5,9 +5,9 @@
 Prints, and writes to results/<device>.md beside this file, for each shape and forward, backward and both: the median
 time on a cold cache, GB/s, its share of the copy bandwidth measured here, the others' times over LACELoss's in the same
 round, and peak memory. The bytes are the same for everybody: the logits once forward, twice backward (read, written),
-three times both; twice "at once", with the gradient formed in the forward pass. Times are the device's own. (100, 100)
-is measured as calls by the wall clock and as a CUDA graph. To end within 5 minutes, shapes after the first 150 s go
-without what torch.compile would have to compile for them. Exit status: 2 without a GPU, 1 if a kernel is wrong.
+three times both. Times are the device's own. (100, 100) is measured as calls by the wall clock and as a CUDA graph. To
+end within 5 minutes, shapes after the first 150 s go without what torch.compile would have to compile for them. Exit
+status: 2 without a GPU, 1 if a kernel is wrong.
 """
 
 import argparse
@@ -50,7 +50,6 @@ def losses(compiled):
     """{name: loss}; Liger where it is installed."""
     found = {
         "LACELoss": LACELoss(),
-        "at once": LACELoss(gradient_in_forward=True),
         "cross_entropy": F.cross_entropy,
         "focal": focal,
     }
@@ -188,16 +187,17 @@ def measured_shape(shape, names, device, compiled, rounds, timer, bandwidth, out
             found[name] = steps(loss, input, target)
     for name, touches in PASSES.items():
         functions = {loss: passes[name] for loss, passes in found.items() if name in passes}
-        if name != "both":
-            del functions["at once"]
         seconds, ratios = in_turn(functions, timer, rounds)
-        rows = [("LACELoss", touches)] + ([("at once", 2)] if name == "both" else [])
-        for loss, moved in rows:
-            rate = moved * size / seconds[loss]
-            cells = [shape, name if loss == "LACELoss" else "both, at once"]
-            cells += [f"{1e6 * seconds[loss]:.1f}", f"{rate / 1e9:.3g}", f"{100 * rate / bandwidth:.0f} %"]
-            cells += [f"{ratios[n] / ratios[loss]:.2f}" if n in ratios else "-" for n in names[1:]]
-            print(line(cells), file=out, flush=True)
+        rate = touches * size / seconds["LACELoss"]
+        cells = [
+            shape,
+            name,
+            f"{1e6 * seconds['LACELoss']:.1f}",
+            f"{rate / 1e9:.3g}",
+            f"{100 * rate / bandwidth:.0f} %",
+        ]
+        cells += [f"{ratios[n]:.2f}" if n in ratios else "-" for n in names[1:]]
+        print(line(cells), file=out, flush=True)
     if not timer.on_gpu:
         return {}
     steps_ = {loss: passes["both"] for loss, passes in found.items()}

@@ -21,7 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lace_loss.ext import gpu
+from lace_loss.ext.torch import gpu, kernels
 
 MULTIPROCESSORS, CLOCK, WARPS_A_CLOCK = 132, 1.755e9, 4
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}
@@ -31,7 +31,6 @@ SHAPES = {
     "8192 x 50257 of 50304": {},
     "8192 x 128256, statistics": {"statistics": True},
     "8192 x 32000, smoothed": {"label_smoothing": 0.1},
-    "4096 x 32000, at once": {"gradient_in_forward": True},
     **{name: {} for name in ("65536 x 4160", "65536 x 513", "4096 x 1000", "1048576 x 256", "1048576 x 100")},
     **{name: {} for name in ("1048576 x 65", "1048576 x 10", "8192 x 65", "8192 x 100")},
     "100 x 100, statistics": {"statistics": True},
@@ -41,7 +40,7 @@ SHAPES = {
 
 @dataclass
 class Launch:
-    """Of a kernel: what `gpu._launch` is told."""
+    """Of a kernel: what `gpu.launch` is told."""
 
     kernel: object
     programs: int
@@ -64,17 +63,14 @@ def replaced(object, name, value):
 
 def launches(z, **options):
     """What a forward and backward pass would launch for logits without memory."""
-    found, early = [], options.get("gradient_in_forward", False)
+    found = []
     smoothing = options.get("label_smoothing", 0.0)
     weight = z.new_empty(z.shape[1], dtype=torch.float32) if smoothing else None
     target = z.new_empty(z.shape[:1] + z.shape[2:], dtype=torch.int64)
     given = (-100, "mean", smoothing, 1.0)
-    with replaced(gpu, "_launch", lambda kernel, n, warps, _, *rest: found.append(Launch(kernel, n, warps, rest))):
-        outputs = gpu.forward(
-            z, target, weight, True, *given, options.get("statistics", False), gradient_in_forward=early
-        )
-        formed = outputs[-1] if early else None
-        gpu.backward(z.new_empty((), dtype=torch.float32), z, target, weight, *outputs[1:3], *given, formed=formed)
+    with replaced(gpu, "launch", lambda kernel, n, warps, _, *rest: found.append(Launch(kernel, n, warps, rest))):
+        outputs = gpu.forward(z, target, weight, True, *given, options.get("statistics", False))
+        gpu.backward(z.new_empty((), dtype=torch.float32), z, target, weight, *outputs[1:3], *given)
     return found
 
 
@@ -147,9 +143,9 @@ def trips(launch):
     """How often the loops of a kernel run, of those that run more than once."""
     classes, block, v = launch["C"], launch["BC"], launch["V"]
     blocks = triton.cdiv(classes + v - 1, block)
-    if launch.kernel is gpu._backward:
+    if launch.kernel is kernels.backward:
         return [n for n in [triton.cdiv(blocks, launch["splits"])] if n > 1]
-    rest = [blocks] * (bool(launch["SMOOTHED"]) + (launch["gradient"] is not None)) if blocks > 1 else []
+    rest = [blocks] * bool(launch["SMOOTHED"]) if blocks > 1 else []
     first, whole = int(v > 1), classes // block
     if launch["BM"] == 1 and whole - first > 1:
         return [whole - first - 1, first + blocks - whole + 1, *rest]
@@ -188,16 +184,12 @@ def main(names):
             for launch in launches(z, **options):
                 registers, stack, width, instructions = counted(launch, z.numel())
                 issue = instructions * z.numel() / 32 / (MULTIPROCESSORS * WARPS_A_CLOCK * CLOCK)
-                forward = launch.kernel is gpu._forward
-                early = options.get("gradient_in_forward", False)
-                if early and not forward:
-                    continue  # it finds the gradient formed
-                touches = 1 + (early or not forward)
+                touches = 1 + (launch.kernel is kernels.backward)
                 # Beside the logits, a target of 8 bytes and about six floats a sample.
                 moved = touches * prod(z.shape) * z.element_size() + samples * 32
                 ratios = [f"{issue / (moved / rate):.2f}" for rate in BANDWIDTH.values()]
                 block = f"{launch['BM']} x {launch['BC']}, {launch.warps}"
-                cells = [text, str(dtype)[6:], launch.kernel.__name__[1:], block, registers, stack, width]
+                cells = [text, str(dtype)[6:], launch.kernel.__name__, block, registers, stack, width]
                 print("|", " | ".join(map(str, [*cells, f"{instructions:.1f}", *ratios])), "|", flush=True)
 
 

@@ -112,6 +112,43 @@ def optax() -> Peer:
     return answer
 
 
+def binary(losses: Callable[[Any, Any], Any]) -> Peer:
+    """Losses of labels, of logits and floating targets: class 1 of two is a label that is present."""
+    return in_torch(lambda z, t: losses(z[:, 1] - z[:, 0], t.to(z.dtype)))
+
+
+def binary_module() -> Peer:
+    from lace_loss.ext.torch import BinaryLACELoss
+
+    return binary(BinaryLACELoss(reduction="none"))
+
+
+def binary_torchvision() -> Peer:
+    from torchvision.ops import sigmoid_focal_loss
+
+    return binary(lambda z, y: sigmoid_focal_loss(z, y, alpha=-1, gamma=1))
+
+
+def binary_timm() -> Peer:
+    from timm.loss import AsymmetricLossMultiLabel
+
+    loss = AsymmetricLossMultiLabel(gamma_pos=1, gamma_neg=1, clip=0)  # a sum
+    return binary(lambda z, y: sum_of_each(loss, z, y))
+
+
+def sum_of_each(loss: Any, z: Any, y: Any) -> Any:
+    """The losses one by one, of a loss that can only add them up."""
+    import torch
+
+    return torch.stack([loss(z[i : i + 1], y[i : i + 1]) for i in range(len(z))])
+
+
+def binary_kornia() -> Peer:
+    from kornia.losses import binary_focal_loss_with_logits
+
+    return binary(lambda z, y: binary_focal_loss_with_logits(z[:, None], y[:, None], alpha=None, gamma=1.0)[:, 0])
+
+
 def in_torch(losses: Callable[[Any, Any], Any], device: str = "cpu") -> Peer:
     import torch
 
@@ -134,6 +171,10 @@ PEERS: list[tuple[str, str, Callable[[], Peer], bool]] = [
     ("kornia", "focal_loss", kornia, False),
     ("keras", "CategoricalFocalCrossentropy", keras, False),
     ("optax", "sigmoid_focal_loss, C = 2", optax, True),
+    ("lace_loss", "BinaryLACELoss, C = 2", binary_module, True),
+    ("torchvision", "sigmoid_focal_loss, C = 2", binary_torchvision, True),
+    ("timm", "AsymmetricLossMultiLabel, C = 2", binary_timm, True),
+    ("kornia", "binary_focal_loss_with_logits, C = 2", binary_kornia, True),
 ]
 
 

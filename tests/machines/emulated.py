@@ -9,12 +9,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from lace_loss.ext import torch as lace_torch
+from lace_loss.ext.torch import gpu
 
 from . import ptx
 
-# Compilers and others that record what runs call it for tensors of the CPU, too.
-lace_torch._registered_backward.register_kernel("cpu")(lace_torch._backward)
+# Compilers and others that record what runs call them for tensors of the CPU, too.
+gpu.registered_forward.register_kernel("cpu")(gpu.forward_without_none)
+gpu.registered_backward.register_kernel("cpu")(gpu.backward)
 
 
 def tensor(x):
@@ -95,9 +96,8 @@ def stop_at_ptx(self=None, stages=None, *_):
 def active(driver):
     """Launches go to the driver, `lace_loss` launches for tensors of the CPU, and new tensors are filled with NaN."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lace_torch, "_on_gpu", lambda input: input.is_cpu)
-        patch.setattr(lace_torch, "_are_usual", lambda *_: False)
-        patch.setattr(lace_torch, "_triton_serves", lambda device: True)
+        patch.setattr(gpu, "on_gpu", lambda input: input.is_cpu)
+        patch.setattr(gpu, "triton_supported", lambda device: True)
         patch.setattr(triton.runtime.driver, "_active", driver)
         patch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", stop_at_ptx)
         deterministic = torch.are_deterministic_algorithms_enabled()

@@ -1,4 +1,4 @@
-"""LACE of labels on a GPU: Triton kernels, label by label, and how `binary_torch` launches them.
+"""LACE of labels on a GPU: Triton kernels, label by label, and how `binary.py` launches them.
 
 Both passes read the labels once; the backward pass forms the gradient anew. With e = exp(-|z|), the class with the
 larger logit has q = 1 / (1 + e), 1 - q = e q and -log q = log1p(e). The other one has 1 - q = 1 / (1 + e) and
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu import _exp_of_row, _factors, _launch, _log1p, _weighted
+from .gpu import launch
+from .kernels import _exp_of_row, _factors, _log1p, _weighted
 
 _BLOCK = 1024  # labels of a program
 
@@ -27,8 +28,8 @@ def _places(span, parts, row, count, BLOCK: tl.constexpr, LONG: tl.constexpr):
 
 
 @triton.jit
-def _labels(input, target, weight, pos_weight, place, j, exists, strength, rest):
-    """Of the labels at `place`: loss and the derivative with respect to their logits."""
+def _labels(input, target, weight, pos_weight, above, place, j, exists, strength, rest):
+    """Of the labels at `place`: loss, and the derivative with respect to their logits times `above`."""
     z = tl.load(input + place, mask=exists, other=0).to(tl.float32)
     y = tl.load(target + place, mask=exists, other=0).to(tl.float32)
     present, absent = y, 1.0 - y
@@ -52,7 +53,7 @@ def _labels(input, target, weight, pos_weight, place, j, exists, strength, rest)
     up = z > 0
     a_top, a_other = tl.where(up, present, absent), tl.where(up, absent, present)
     loss = (top * 2.0**-32) * a_top * 2.0**-32 + _weighted(a_other, other)
-    slope = a_other * (k_other * large) - (k_top * small * 2.0**-32) * a_top * 2.0**-32
+    slope = (a_other * above) * (k_other * large) - (k_top * small * 2.0**-32) * (a_top * above) * 2.0**-32
     return tl.where(exists, loss, 0.0), tl.where(up, slope, -slope)
 
 
@@ -62,7 +63,7 @@ def _binary_forward(
     span, parts, row, count, strength, rest, BLOCK: tl.constexpr, LONG: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     place, j, exists = _places(span, parts, row, count, BLOCK, LONG)
-    value, _ = _labels(input, target, weight, pos_weight, place, j, exists, strength, rest)
+    value, _ = _labels(input, target, weight, pos_weight, 1.0, place, j, exists, strength, rest)
     if SUMMED:
         tl.store(loss + tl.program_id(0), tl.sum(value))
     else:
@@ -75,12 +76,12 @@ def _binary_backward(
     span, parts, row, count, strength, rest, BLOCK: tl.constexpr, LONG: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     place, j, exists = _places(span, parts, row, count, BLOCK, LONG)
-    _, slope = _labels(input, target, weight, pos_weight, place, j, exists, strength, rest)
     if EACH:
         g = tl.load(grad_output + place, mask=exists, other=0).to(tl.float32)
     else:
         g = tl.div_rn(tl.load(grad_output).to(tl.float32), divisor)
-    tl.store(gradient + place, (slope * g).to(gradient.dtype.element_ty), mask=exists)
+    _, slope = _labels(input, target, weight, pos_weight, g, place, j, exists, strength, rest)
+    tl.store(gradient + place, slope.to(gradient.dtype.element_ty), mask=exists)
 
 
 def forward(
@@ -97,7 +98,7 @@ def forward(
     programs, span, parts, long = _shared_out(count, row)
     loss = input.new_empty(programs if summed else input.shape, dtype=torch.float32)
     if count:
-        _launch(
+        launch(
             _binary_forward, programs, 4, input, *(_flat(input), _flat(target), weight, pos_weight, loss),
             *(span, parts, row, count, strength, 1 - strength, _BLOCK, long, summed),
         )  # fmt: skip
@@ -122,7 +123,7 @@ def backward(
     programs, span, parts, long = _shared_out(count, row)
     gradient = input.new_empty(input.shape)
     if count:
-        _launch(
+        launch(
             _binary_backward, programs, 4, input,
             *(gradient, _flat(grad_output), _flat(input), _flat(target), weight, pos_weight, divisor),
             *(span, parts, row, count, strength, 1 - strength, _BLOCK, long, reduction == "none"),

@@ -6,7 +6,7 @@ absent one, weight w and pos_weight p:
     f(u) = (1 - s + s sigmoid(u)) softplus(u)        L = w (p y f(-z) + (1 - y) f(z))
 
 This composite form runs on any device and can be differentiated any number of times. Where the result is the same the C
-kernel takes its place on a CPU and that of `binary_gpu.py` on a GPU; both form the gradient in the backward pass.
+kernel takes its place on a CPU and those of `binary_gpu.py` on a GPU.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from torch.nn import _reduction
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _WORTH_THREADS, _cpu, _in_threads
-from . import torch as face
-from .binary import row_of
+from .. import _WORTH_THREADS, _cpu, _in_threads
+from ..binary import row_of
+from . import _require_memory, cpu, gpu
+from .call import _FLOATING, HALF, _autocast_dtype, has_tangent, is_being_traced, is_ordinary
+from .composite import _loss_of_log_odds, _weighted
+from .second import _in_functional_transform
 
 Labels = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # input, target, weight, pos_weight
 
@@ -76,9 +79,16 @@ def binary_lace_loss(
         names = ("input", "target", "weight", "pos_weight")
         kinds = [f"{name} {x.dtype} {tuple(x.shape)}" for name, x in zip(names, given, strict=True) if x is not None]
         raise RuntimeError(f"these do not go together: {', '.join(kinds)}")
-    face._require_memory(*(x for x in given if x is not None))
+    tensors = [x for x in given if x is not None]
+    if is_ordinary(*tensors) and not torch.compiler.is_compiling():
+        _require_memory(*tensors)
     options = (reduction, float(strength))
-    loss = _Kernel.apply(*given, *options) if _kernel_applies(*given) else _composite(*given, *options)
+    if not _kernel_applies(*given):
+        loss = _composite(*given, *options)
+    elif input.requires_grad and torch.is_grad_enabled():
+        loss = _Kernel.apply(*given, *options)
+    else:
+        loss = (_registered_loss if is_being_traced() else _loss)(*given, *options)
     dtype = _result_dtype(input, target)
     return loss if loss.dtype == dtype else loss.to(dtype)
 
@@ -147,7 +157,7 @@ def _is_well_formed(input: Tensor, target: Tensor, weight: Tensor | None, pos_we
     for x in (input, target, weight, pos_weight):
         if x is not None and (not isinstance(x, Tensor) or x.layout != torch.strided):
             return False
-    if input.dtype not in face._FLOATING or target.dtype not in (*face._FLOATING, torch.bool):
+    if input.dtype not in _FLOATING or target.dtype not in (*_FLOATING, torch.bool):
         return False
     for x in (weight, pos_weight):
         if x is not None and (x.is_complex() or not _broadcasts(x.shape, input.shape)):
@@ -160,45 +170,65 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 
 def _result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
-    return torch.promote_types(face._seen_as(input.dtype, input), face._seen_as(target.dtype, input))
+    if input.dtype == target.dtype and input.dtype in cpu._SCALAR:  # autocast leaves these alone
+        return input.dtype
+    return torch.promote_types(_autocast_dtype(input.dtype, input), _autocast_dtype(target.dtype, input))
 
 
 def _working_dtype(input: Tensor, target: Tensor) -> torch.dtype:
     dtype = _result_dtype(input, target)
-    return torch.float32 if dtype in face._HALF else dtype
+    return torch.float32 if dtype in HALF else dtype
 
 
 def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> bool:
     """As for `lace_loss`: no derivative but the input's, no graph that is meant to run elsewhere."""
     given = [x for x in (input, target, weight, pos_weight) if x is not None]
-    if not face._is_plain(*given) or torch.compiler._is_exporting_flag:
+    if not is_ordinary(*given) or torch.compiler._is_exporting_flag:
         return False
     for x in given:
-        if (x.requires_grad and x is not input) or face._has_tangent(x) or x.device != input.device:
+        if (x.requires_grad and x is not input) or has_tangent(x) or x.device != input.device:
             return False
     work = _working_dtype(input, target)
-    if face._on_gpu(input):
-        return work == torch.float32 and face._triton_serves(input.device)
-    return input.is_cpu and work in face._SCALAR
+    if gpu.on_gpu(input):
+        return work == torch.float32 and gpu.triton_supported(input.device)
+    return input.is_cpu and work in cpu._SCALAR
 
 
 class _Kernel(torch.autograd.Function):
+    """On a CPU the gradient of a sum or mean is formed in the same pass: exponentials cost more than memory. Elsewhere,
+    and for a half type, which would round it before a loss scale is known, the backward pass forms it.
+    """
+
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         *labels, ctx.reduction, ctx.strength = given
-        ctx.save_for_backward(*labels)
-        return _operation(_registered_loss, _loss)(*given)
+        input, gradient = labels[0], None
+        if is_being_traced():
+            loss = _registered_loss(*given)
+        elif gpu.on_gpu(input) or ctx.reduction == "none" or input.dtype != _working_dtype(*labels[:2]):
+            loss = _loss(*given)
+        else:
+            loss, gradient = _loss_and_gradient(*given)
+        ctx.save_for_backward(*labels, gradient)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        given = (*ctx.saved_tensors, ctx.reduction, ctx.strength)
+        *labels, formed = ctx.saved_tensors
+        given = (*labels, ctx.reduction, ctx.strength)
         again = torch.is_grad_enabled()
-        if face._is_transformed(grad_output):
+        if _in_functional_transform(grad_output):
             gradient = _composite_gradient(grad_output, *given, create_graph=again)[0]
         elif again:
             gradient = _Gradient.apply(grad_output, *given)
+        elif is_being_traced():
+            gradient = _registered_gradient(grad_output, *given)
+        elif formed is None or not abs(above := grad_output.item()) <= 1:
+            gradient = _gradient(grad_output, *given)  # a subnormal entry of `formed` has few digits left to multiply
+        elif above == 1:
+            gradient = formed.clone() if cpu._is_retained() else formed
         else:
-            gradient = _operation(_registered_gradient, _gradient)(grad_output, *given)
+            gradient = formed * above
         return gradient, *5 * (None,)
 
 
@@ -209,7 +239,7 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, grad_output: Tensor, *given: Any) -> Tensor:
         *labels, ctx.reduction, ctx.strength = given
         ctx.save_for_backward(grad_output, *labels)
-        return _operation(_registered_gradient, _gradient)(grad_output, *given)
+        return (_registered_gradient if is_being_traced() else _gradient)(grad_output, *given)
 
     @staticmethod
     def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
@@ -231,10 +261,6 @@ def _composite_gradient(grad_output: Tensor, input: Tensor, *others: Any, create
         return torch.autograd.grad(loss, alias, grad_output, create_graph=create_graph)[0], alias
 
 
-def _operation(registered: Any, plain: Any) -> Any:
-    return registered if face._is_recorded() else plain
-
-
 def _loss_like(
     input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, strength: float
 ) -> Tensor:
@@ -251,7 +277,7 @@ def _loss(
     """The loss in the working type, written by the C kernel or by that of a GPU."""
     loss = _loss_like(input, target, weight, pos_weight, reduction, strength)
     by, row = _factors(input, target, weight, pos_weight)
-    if face._on_gpu(input):
+    if gpu.on_gpu(input):
         from . import binary_gpu
 
         return binary_gpu.forward(input, target, *by, row, reduction, strength)
@@ -259,6 +285,23 @@ def _loss(
     if reduction != "none":
         job.reduce(loss)
     return loss
+
+
+def _loss_and_gradient(
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, strength: float
+) -> tuple[Tensor, Tensor]:
+    """Of a sum or mean on a CPU, in one pass."""
+    loss = _loss_like(input, target, weight, pos_weight, reduction, strength)
+    gradient, (by, row) = _room(input, loss.dtype), _factors(input, target, weight, pos_weight)
+    _call(None, gradient, input, target, by, row, None, reduction, strength, 1.0).reduce(loss)
+    return loss, gradient
+
+
+def _room(input: Tensor, dtype: torch.dtype) -> Tensor:
+    gradient = input.new_empty(input.shape, dtype=dtype)
+    if gradient.numel() >= cpu._LARGE:
+        _cpu.in_large_pages(gradient, gradient.nbytes)
+    return gradient
 
 
 def _gradient(
@@ -272,7 +315,7 @@ def _gradient(
 ) -> Tensor:
     """The gradient in the input's type, times `grad_output`."""
     by, row = _factors(input, target, weight, pos_weight)
-    if face._on_gpu(input):
+    if gpu.on_gpu(input):
         from . import binary_gpu
 
         return binary_gpu.backward(grad_output, input, target, *by, row, reduction, strength)
@@ -281,9 +324,7 @@ def _gradient(
         each = _lying(grad_output, dtype)
     else:
         above = grad_output.item()
-    gradient = input.new_empty(input.shape, dtype=dtype)
-    if gradient.numel() >= face._LARGE:
-        _cpu.in_large_pages(gradient, gradient.nbytes)
+    gradient = _room(input, dtype)
     _call(None, gradient, input, target, by, row, each, reduction, strength, above)
     return gradient.to(input.dtype)
 
@@ -316,13 +357,19 @@ def _call(
 
 def _lying(x: Tensor, dtype: torch.dtype) -> Tensor:
     """As C wants it: aligned, of this type, in the order of its indices."""
-    return face._aligned(x).detach().to(dtype).resolve_neg().contiguous()
+    if (
+        x.dtype == dtype and x.is_contiguous() and not x.is_neg() and x.data_ptr() % x.element_size() == 0
+    ):  # asking takes 1 us, not 5
+        return x
+    return cpu._aligned(x).detach().to(dtype).resolve_neg().contiguous()
 
 
 def _factors(
     input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
 ) -> tuple[tuple[Tensor | None, Tensor | None], int]:
     """Both for the labels of a row, and how many a row has."""
+    if weight is None and pos_weight is None:
+        return (None, None), 1
     dtype, given = _working_dtype(input, target), (weight, pos_weight)
     row = row_of([tuple(x.shape) for x in given if x is not None], tuple(input.shape))
     w, p = (
@@ -351,8 +398,8 @@ def _composite(
         present = present * pos_weight.to(dtype)
     if weight is not None:
         present, absent = present * weight.to(dtype), absent * weight.to(dtype)
-    losses = face._weighted(present, face._loss_of_log_odds(-z, strength))
-    losses = losses + face._weighted(absent, face._loss_of_log_odds(z, strength))
+    losses = _weighted(present, _loss_of_log_odds(-z, strength))
+    losses = losses + _weighted(absent, _loss_of_log_odds(z, strength))
     if reduction == "none":
         return losses
     return losses.sum() / losses.numel() if reduction == "mean" else losses.sum()

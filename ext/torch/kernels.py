@@ -1,4 +1,4 @@
-"""The loss on a GPU: Triton kernels, and how `lace_loss.ext.torch` launches them.
+"""The loss on a GPU: the Triton kernels, which `gpu.py` launches.
 
 Logits are read where they lie: in rows (classes side by side) or in planes (the samples of an image side by side, as in
 (N, C, H, W)). The forward pass reads them once and leaves three floats a sample, from which the backward pass forms the
@@ -14,16 +14,10 @@ equal blocks one after the other cost the loss up to 93 ulp. Nothing here waits 
 programs are scheduled: the same bits in every run. Everything is float32.
 """
 
-import warnings
-from functools import cache
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-__all__ = ["backward", "forward", "gradient_like", "rows_like", "serves"]
+__all__ = ["backward", "forward", "store_own", "trial"]
 
 # Triton compares each global of a kernel before each launch, which took a quarter of it: numbers are written out here.
 # 1.4426950408889634 is log2 e, and 177 / 256 + 0.0017409305599452862 is ln 2: of eight bits, so that its multiples are
@@ -293,7 +287,7 @@ def _store(
 
 
 @triton.jit
-def _store_own(gradient, g, t, to, mine, samples, ROW: tl.constexpr):
+def store_own(gradient, g, t, to, mine, samples, ROW: tl.constexpr):
     """The target's entry, after those of all classes: to choose in each is a quarter of the instructions."""
     tl.debug_barrier()
     place = to + (t.to(tl.int64) * samples if ROW == 0 else t)
@@ -301,14 +295,14 @@ def _store_own(gradient, g, t, to, mine, samples, ROW: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
-def _forward(
-    z, target, weight, loss, weights, rows, divisor, gradient, cross_entropy, probability, rank,
+def forward(
+    z, target, weight, loss, weights, rows, cross_entropy, probability, rank,
     samples, total, ignore_index, strength, rest, smoothing,
-    C: tl.constexpr, ROW: tl.constexpr, GRADIENT_ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    V: tl.constexpr, SMOOTHED: tl.constexpr, REDUCED: tl.constexpr,
+    C: tl.constexpr, ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, V: tl.constexpr,
+    SMOOTHED: tl.constexpr, REDUCED: tl.constexpr,
 ):  # fmt: skip
     """Losses and weights of the samples or, with all in one program, their sum or mean; what `rows` keeps for the
-    backward pass; statistics; the gradient, divided by `divisor`.
+    backward pass; statistics.
     """
     WIDE: tl.constexpr = z.dtype.element_ty == tl.float32
     sample, exists, start = _samples_of(tl.program_id(0), samples, C, ROW, BM)
@@ -391,16 +385,6 @@ def _forward(
         tl.store(cross_entropy + sample, tl.where(counts, n * bad, 0.0), mask=exists)
         tl.store(probability + sample, tl.where(counts, q * bad, 0.0), mask=exists)
         tl.store(rank + sample, tl.where(counts & (wrong == 0), ahead, C).to(tl.int64), mask=exists)
-    if gradient is not None:
-        _, _, to = _samples_of(tl.program_id(0), samples, C, GRADIENT_ROW, BM)
-        scale = bad if divisor is None else bad * tl.div_rn(1.0, tl.load(divisor))
-        a = tl.where(counts, w * k_t * raised_q_m * scale, 0.0)
-        g = tl.where(counts, -w * k_t * raised_r * scale, 0.0)
-        for first in range(0, C + V - 1, BC):
-            x, _j, _inside = _load(z, exists, counts, first, start, ends, samples, C, ROW, BC, V)
-            value = _gradient(x, m, a, WIDE)
-            _store(gradient, value, first, start, to, exists, samples, C, ROW, GRADIENT_ROW, BC, V)
-        _store_own(gradient, g * 2.0**-24, t, to, exists, samples, ROW)
 
 
 @triton.jit
@@ -417,16 +401,13 @@ def _next(rows, total, exists):
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
-def _backward(
+def backward(
     gradient, grad_output, z, target, weight, rows, divisor,
     samples, total, splits: tl.constexpr, ignore_index, strength, rest, smoothing,
     C: tl.constexpr, ROW: tl.constexpr, GRADIENT_ROW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    V: tl.constexpr, SMOOTHED: tl.constexpr, EACH: tl.constexpr, FORMED: tl.constexpr,
+    V: tl.constexpr, SMOOTHED: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient, from `rows`; where it is formed already for a grad_output of 1, only for another one."""
-    if FORMED:  # noqa: SIM102
-        if tl.load(grad_output) == 1:
-            return
+    """The gradient, from `rows`."""
     WIDE: tl.constexpr = z.dtype.element_ty == tl.float32
     sample, exists, start = _samples_of(tl.program_id(0) // splits, samples, C, ROW, BM)
     ends = tl.program_id(0) // splits == tl.cdiv(samples, BM) - 1
@@ -461,216 +442,9 @@ def _backward(
             value = _gradient(x, m, a, WIDE)
         _store(gradient, value, first, start, to, exists, samples, C, ROW, GRADIENT_ROW, BC, V)
     mine = exists if splits == 1 else (t + (start % V).to(tl.int32)) // BC % splits == tl.program_id(0) % splits
-    _store_own(gradient, g, t, to, mine, samples, ROW)
+    store_own(gradient, g, t, to, mine, samples, ROW)
 
 
 @triton.jit
-def _trial(place):
+def trial(place):
     tl.store(place, 1.0)
-
-
-_ENOUGH_PROGRAMS = 256  # about two for each multiprocessor
-
-
-@cache
-def serves(device: torch.device) -> bool:
-    """Whether kernels run there, which wants more than an import: Triton compiles a launcher, with a C compiler."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        with torch.cuda.device(device):
-            _trial[(1,)](torch.empty(1, device=device))
-    except Exception as error:
-        message = f"Triton cannot run the loss's kernels on {device}, so torch's own operations do: {error!r}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return False
-    return True
-
-
-def forward(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    kept: bool,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    strength: float,
-    statistics: bool,
-    *,
-    gradient_in_forward: bool = False,
-) -> list[Tensor]:
-    """The loss in float32; if `kept`, what `backward` needs, floats of every sample and the mean's divisor; the three
-    statistics, if asked for; and the gradient, if asked for, which is of a sum or mean without smoothing.
-    """
-    z, row, side_by_side = _laid_out(input)
-    classes, total, mean = _classes(input), target.numel(), reduction == "mean"
-    target, weight = target.contiguous(), None if weight is None else weight.float().contiguous()
-    rows = rows_like(input, label_smoothing) if kept else None
-    gradient = gradient_like(input) if gradient_in_forward else None
-    found = [z.new_empty(target.shape, dtype=x) for x in (torch.float32, torch.float32, torch.int64)] * statistics
-    gradient_row = _gradient_row(row, classes)
-    bm, bc, v, warps = _block(z, row, side_by_side, gradient_in_forward, label_smoothing > 0)
-
-    # Few logits are a matter of launches: one program reduces the loss, too.
-    in_one = reduction != "none" and not gradient_in_forward and row > 0 and 0 < total <= 8192
-    in_one = in_one and bc >= classes and _power_of_2(total) * bc <= 16384
-    divisor = _divisor(target, weight, classes, ignore_index) if gradient_in_forward and mean else None
-    # The loss is a tensor of its own, for it may be changed in place.
-    pairs = z.new_empty((2, *target.shape), dtype=torch.float32) if mean and not in_one and divisor is None else None
-    loss = z.new_empty(() if in_one else target.shape, dtype=torch.float32) if pairs is None else pairs[1]
-    weights = pairs[0] if pairs is not None else torch.empty_like(loss) if in_one and mean else None
-    if total:
-        if in_one:
-            bm = _power_of_2(total)
-            bc = min(bc, 8192 // bm)
-            warps = _warps(bm * bc)
-        _launch(
-            _forward, total // side_by_side * triton.cdiv(side_by_side, bm), warps, input,
-            *(z, target, weight, loss, weights, rows, divisor, gradient, *(found or 3 * [None])),
-            *(side_by_side, total, ignore_index, strength, 1 - strength, label_smoothing),
-            *(classes, row, gradient_row, bm, bc, v, label_smoothing > 0, reduction if in_one else "none"),
-        )  # fmt: skip
-    if pairs is not None:
-        divisor, loss = pairs.view(2, -1).sum(1).unbind()
-        loss = loss / divisor
-    elif in_one:
-        divisor = weights
-    elif reduction != "none":
-        loss = loss.sum() if divisor is None else loss.sum() / divisor
-    left = [] if rows is None else [rows, loss.new_empty(0) if divisor is None else divisor]
-    return [loss, *left, *found, *([] if gradient is None else [gradient])]
-
-
-def backward(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    rows: Tensor,
-    divisor: Tensor,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    strength: float,
-    *,
-    formed: Tensor | None = None,
-) -> Tensor:
-    """The gradient times `grad_output`. `formed`, the gradient times 1, is returned as it is where that is right, and
-    written over elsewhere; the device decides.
-    """
-    z, row, side_by_side = _laid_out(input)
-    classes, total = _classes(input), target.numel()
-    target, weight = target.contiguous(), None if weight is None else weight.float().contiguous()
-    gradient = gradient_like(input) if formed is None else formed
-    each = any(grad_output.stride())
-    grad_output = grad_output.resolve_neg().contiguous() if each else grad_output
-    gradient_row = _gradient_row(row, classes)
-    bm, bc, v, warps = _block(z, row, side_by_side, False, label_smoothing > 0)
-    blocks, columns = total // max(1, side_by_side) * triton.cdiv(side_by_side, bm), triton.cdiv(classes, bc)
-    # A program that finds the gradient formed costs about as much as one that forms a few thousand entries.
-    splits = 1 if formed is not None else _power_of_2(min(columns, triton.cdiv(16 * _ENOUGH_PROGRAMS, max(1, blocks))))
-    if total:
-        _launch(
-            _backward, blocks * splits, warps, input,
-            *(gradient, grad_output, z, target, weight, rows, divisor if reduction == "mean" else None),
-            *(side_by_side, total, splits, ignore_index, strength, 1 - strength, label_smoothing),
-            *(classes, row, gradient_row, bm, bc, v, label_smoothing > 0, each, formed is not None),
-        )  # fmt: skip
-    return gradient
-
-
-def _launch(kernel: Any, programs: int, warps: int, input: Tensor, *arguments: Any) -> None:
-    with torch.cuda.device_of(input):  # launches go to the current device
-        kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=True)  # 3.9 wants to be told
-
-
-def _warps(logits: int) -> int:
-    """Of a program."""
-    return max(1, min(4, logits // 256), min(16, logits // 1024))
-
-
-def _classes(input: Tensor) -> int:
-    return input.shape[min(1, input.dim() - 1)]
-
-
-def _laid_out(input: Tensor) -> tuple[Tensor, int, int]:
-    """The logits or, if they lie neither in rows nor in planes, a copy; the distance of rows, 0 for planes; and how
-    many samples follow each other.
-    """
-    z, classes = input.detach().resolve_neg(), _classes(input)
-    if z.dim() == 2 and (classes == 1 or z.stride(1) == 1) and z.stride(0) >= classes:
-        return z, z.stride(0), z.shape[0]
-    if z.dim() == 2 and z.t().is_contiguous():
-        return z, 0, z.shape[0]
-    if z.dim() > 2 and z.movedim(1, -1).is_contiguous():
-        return z, classes, z.numel() // classes
-    z = z.contiguous()
-    return (z, 0, z[0, 0].numel()) if z.dim() > 2 and z.shape[0] else (z, classes, z.numel() // classes)
-
-
-def gradient_like(input: Tensor) -> Tensor:
-    """Room for the gradient, where `backward` writes it: as the logits lie, without large gaps."""
-    z, row, _ = _laid_out(input)
-    classes = _classes(input)
-    if row in (0, classes):
-        return torch.empty_like(z)
-    return z.new_empty((z.shape[0], _gradient_row(row, classes)))[:, :classes]
-
-
-def _gradient_row(row: int, classes: int) -> int:
-    """The distance of its rows: that of the logits' where these are cut from somewhat longer ones, for one pattern of
-    16 bytes to serve both.
-    """
-    return row if row <= classes + classes // 8 else classes
-
-
-def rows_like(input: Tensor, label_smoothing: float) -> Tensor:
-    """Room for what the backward pass wants to know of each sample."""
-    return input.new_empty((7 if label_smoothing else 3, input.numel() // _classes(input)), dtype=torch.float32)
-
-
-def _divisor(target: Tensor, weight: Tensor | None, classes: int, ignore_index: int) -> Tensor:
-    t = target.long()
-    counts = t != ignore_index
-    if weight is None:
-        return counts.sum(dtype=torch.float32)
-    return weight[t.where((t >= 0) & (t < classes), 0)].where(counts, 0).sum()
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
-def _block(z: Tensor, row: int, side_by_side: int, twice: bool, smoothed: bool) -> tuple[int, int, int, int]:
-    """Samples and classes of a program, how many logits make up 16 bytes where rows begin in between, and its warps.
-
-    The many instructions of a sample after its last logit are run by all threads that share it. Where there are samples
-    enough, a thread has them for itself, or a warp. Elsewhere more threads are faster.
-    """
-    classes, v = _classes(z), 16 // z.element_size()
-    samples = z.numel() // classes
-    shifted = row > 0 and (classes % v or row % v) and _gradient_row(row, classes) == row and z.data_ptr() % 16 == 0
-    each = not (twice or smoothed)
-    if row == 0 and each and side_by_side >= 32 and samples >= 32 * _ENOUGH_PROGRAMS:
-        warps = 2 if classes >= 64 else 1
-        bm = 32 * v * warps
-        while bm > 32 and (bm > side_by_side or samples < 2 * bm * _ENOUGH_PROGRAMS):
-            bm //= 2
-        return bm, min(4 * warps, _power_of_2(classes)), 1, warps
-    if row > 0 and each and classes <= 512 and samples >= 64 * _ENOUGH_PROGRAMS:
-        bm = 128
-        while samples < 2 * bm * _ENOUGH_PROGRAMS:
-            bm //= 2
-        return bm, v, v if shifted else 1, 1
-    if row > 0 and each and classes > 512 and samples >= 8 * _ENOUGH_PROGRAMS:
-        bm, bc = (32, 4 * v) if classes <= 2048 and samples >= 64 * _ENOUGH_PROGRAMS else (1, 1024)
-        return bm, bc, v if shifted else 1, 1
-    # 32 logits a thread; 16 with smoothing, which keeps more in registers. A program that forms the gradient in the
-    # forward pass reads its row twice: it is larger, for fewer rows to be under way and the L2 cache to hold them.
-    logits = 8192 if twice else 2048 if smoothed else 4096
-    bc = min(_power_of_2(classes + v - 1 if shifted else classes), logits if row else 32)
-    bm = min(logits // bc, _power_of_2(side_by_side))
-    while bm > max(1, 512 // bc) and samples < _ENOUGH_PROGRAMS * bm:
-        bm //= 2
-    return bm, bc, v if shifted and classes >= v else 1, _warps(bm * bc)

@@ -1,0 +1,205 @@
+"""LACE for PyTorch: a drop-in for `torch.nn.CrossEntropyLoss` and `torch.nn.functional.cross_entropy`.
+
+`lace_loss` asks what is known of a call (`call.py`) and then has it computed: on a CPU by the C kernel (`cpu.py`), on a
+GPU by Triton kernels (`gpu.py`), and where neither may serve by PyTorch operations (`composite.py`).
+"""
+
+from __future__ import annotations
+
+from numbers import Real
+from operator import index
+from typing import Any
+
+import numpy as np
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    message = "lace_loss.ext.torch needs PyTorch, which the extra torch installs: pip install 'lace-loss[torch]'"
+    raise ModuleNotFoundError(message, name="torch") from error
+from torch import Tensor
+from torch.nn import _reduction
+from torch.nn import functional as F
+from torch.nn.modules.loss import _WeightedLoss
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import cpu, gpu
+from .call import Call, check_target, describe, is_being_traced, is_ordinary
+from .composite import composite
+from .composite import statistics as composite_statistics
+
+__all__ = ["BinaryLACELoss", "LACELoss", "binary_lace_loss", "check_target", "lace_loss"]
+
+
+def lace_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    strength: float = 1.0,
+    normalizer: float | Tensor | None = None,
+    statistics: bool = False,
+) -> Any:
+    """Linearly Adaptive Cross Entropy between logits and target; arguments as `torch.nn.functional.cross_entropy`.
+
+    Parameters
+    ----------
+    input : (C,), (N, C) or (N, C, d1, ...) logits, floating. float16 and bfloat16 are computed in float32.
+    target : class indices of the shape without C (int8 to int64, uint8), or probabilities of the input's shape.
+    strength : s in [0, 1]: 1 is LACE, 0 is cross entropy.
+    normalizer : a number or 0-d tensor that takes the place of the mean's denominator: what all batches of a gradient
+        accumulation, or all processes, count together.
+    statistics : return (loss, {"cross_entropy": -log q_t, "probability": q_t, "rank": classes ahead of t}), tensors of
+        the target's shape without derivatives, for class indices. Rank < k is top-k accuracy; of equal logits the
+        lower index is ahead. An ignored sample has 0, 0 and C.
+
+    Raises
+    ------
+    What `cross_entropy` raises for the same arguments; IndexError for a class that does not exist where Python may read
+    it (else its sample's loss and gradient are NaN: on a GPU, under `torch.func`, in exported and traced graphs, and
+    where a composite form is compiled; see `check_target`); ValueError for a strength outside [0, 1], a normalizer
+    without a mean or of a shape, and statistics of probabilities.
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            lace_loss,
+            (input, target, weight),
+            *(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing),
+            strength=strength,
+            normalizer=normalizer,
+            statistics=statistics,
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    ignore_index = _checked(ignore_index, reduction, label_smoothing, strength)
+    if reduction not in ("mean", "sum", "none"):
+        reduction = ("none", "mean", "sum")[_reduction.get_enum(reduction)]
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(f"normalizer takes the place of the mean's denominator, got reduction {reduction!r}")
+        if isinstance(normalizer, (Tensor, np.ndarray)) and normalizer.ndim:
+            raise ValueError(f"normalizer must be a number or 0-d, got shape {tuple(normalizer.shape)}")
+        reduction = "sum"
+    call = describe(input, target, weight, ignore_index)
+    if call is None:
+        by_torch = F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        if input.numel() or statistics:
+            arguments = {"input": input, "target": target, "weight": weight}
+            kinds = [f"{name} {x.dtype} {tuple(x.shape)}" for name, x in arguments.items() if x is not None]
+            raise RuntimeError(f"these do not go together: {', '.join(kinds)}, ignore_index {ignore_index}")
+        return by_torch  # no logits, C = 0 among them: nothing for the strength to change
+    if call.ordinary and not torch.compiler.is_compiling():
+        _require_memory(*((input, target) if weight is None else (input, target, weight)))
+    if statistics and call.probabilities:
+        raise ValueError("statistics are of class indices, and the target holds probabilities")
+    if input.dim() == target.dim() == 1 and not call.probabilities:
+        target = target[0]  # torch takes the class of a lone sample in this form, too
+    options = (ignore_index, reduction, float(label_smoothing), float(strength))
+
+    device = _kernel(call, input, target)
+    if device is not None:
+        loss, *of_samples = device.loss_and_statistics(input, target, weight, options, statistics)
+    else:
+        readable = input.is_cpu and target.is_cpu and is_ordinary(input, target) and not is_being_traced()
+        if readable and not call.probabilities:
+            check_target(target, input.shape[call.axis], ignore_index)
+        loss = composite(input, target, weight, *options)
+        of_samples = composite_statistics(input.detach(), target, ignore_index) if statistics else ()
+    if normalizer is not None:
+        loss = loss / normalizer
+    if loss.dtype != call.result_dtype:
+        loss = loss.to(call.result_dtype)
+    if not statistics:
+        return loss
+    return loss, dict(zip(("cross_entropy", "probability", "rank"), of_samples, strict=True))
+
+
+class LACELoss(_WeightedLoss):
+    """`lace_loss` as a module: constructed as `torch.nn.CrossEntropyLoss`, with `strength`; called with input, target
+    and, on request, `normalizer` and `statistics`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        strength: float = 1.0,
+    ) -> None:
+        super().__init__(weight, size_average, reduce, reduction)
+        _checked(ignore_index, self.reduction, label_smoothing, strength)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.strength = strength
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None, statistics: bool = False
+    ) -> Any:
+        return lace_loss(
+            input,
+            target,
+            self.weight,
+            None,
+            self.ignore_index,
+            None,
+            self.reduction,
+            self.label_smoothing,
+            strength=self.strength,
+            normalizer=normalizer,
+            statistics=statistics,
+        )
+
+    def extra_repr(self) -> str:
+        return "" if self.strength == 1 else f"strength={self.strength}"
+
+
+def _kernel(call: Call, input: Tensor, target: Tensor) -> Any:
+    """The module whose kernel serves the call, or None."""
+    if not call.kernel_reads:
+        return None
+    if gpu.on_gpu(input):
+        return gpu if gpu.serves(input, target) else None
+    return cpu if input.is_cpu else None
+
+
+def _checked(ignore_index: Any, reduction: Any, label_smoothing: Any, strength: Any) -> int:
+    """`ignore_index`, where the options are those of a loss; raises what `cross_entropy` raises for them."""
+    if type(ignore_index) is not int and isinstance(ignore_index, (np.integer, Tensor)):
+        ignore_index = index(ignore_index)
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits with a sign, got {ignore_index}")
+    if reduction not in ("none", "mean", "sum", "elementwise_mean"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if isinstance(strength, Tensor):
+        raise TypeError("strength must be a number, not a Tensor: the loss has no derivative with respect to it")
+    for name, value in (("label_smoothing", label_smoothing), ("strength", strength)):
+        if type(value) is not float and not isinstance(value, (Real, Tensor)):  # a class's own question takes 1 us
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {strength}")
+    return ignore_index
+
+
+def _require_memory(*tensors: Tensor) -> None:
+    """Refuse tensors whose storage was given back, which torch's own operations may read all the same."""
+    for x in tensors:
+        if x.device.type in ("cpu", "cuda") and not x.data_ptr() and x.numel():
+            raise RuntimeError(f"a tensor of shape {tuple(x.shape)} has no storage: its data is not allocated")
+
+
+from .binary import BinaryLACELoss, binary_lace_loss  # noqa: E402, it builds on what is above

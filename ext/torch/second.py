@@ -1,0 +1,70 @@
+"""The gradient of a kernel's loss, with derivatives of its own: those of the composite form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Options, has_tangent
+from .composite import composite
+
+
+def input_gradient(
+    grad_output: Tensor, compute: Callable[..., Tensor], options: Options, saved: tuple[Any, ...]
+) -> Tensor:
+    """The gradient, differentiable where that is asked for.
+
+    `saved` begins with input, target and weight. `compute` makes the gradient of grad_output, `saved` and `options`.
+    """
+    create_graph = torch.is_grad_enabled()
+    if _in_functional_transform(grad_output):
+        input, target, weight, *_ = saved
+        return _composite_gradient(grad_output, input, target, weight, options, create_graph)[0]
+    if create_graph:
+        return KernelGradient.apply(grad_output, compute, options, *saved)
+    return compute(grad_output, *saved, *options)
+
+
+class KernelGradient(torch.autograd.Function):
+    """What `compute` makes, with the composite form's derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, compute: Callable[..., Tensor], options: Options, *saved: Any) -> Tensor:
+        ctx.options, ctx.others = options, len(saved) - 1
+        ctx.save_for_backward(grad_output, *saved[:3])
+        gradient = compute(grad_output, *saved, *options)
+        return gradient.clone() if gradient is saved[3] else gradient  # which would be input and output
+
+    @staticmethod
+    def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
+        grad_output, input, target, weight = ctx.saved_tensors
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            seed = grad_output.view_as(grad_output) if grad_output.requires_grad else grad_output
+            gradient, alias = _composite_gradient(seed, input, target, weight, ctx.options, True)
+            by_input, *by_output = torch.autograd.grad(
+                gradient, [alias, seed] if seed.requires_grad else [alias], vector, create_graph=create_graph
+            )
+        return by_output[0] if by_output else None, None, None, by_input, *ctx.others * [None]
+
+
+def _composite_gradient(
+    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, options: Options, create_graph: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient, and the alias of the input that it belongs to: hooks of the input run once, at the end."""
+    with torch.enable_grad():
+        alias = input.view_as(input)
+        loss = composite(alias, target, weight, *options)
+        return torch.autograd.grad(loss, alias, grad_output, create_graph=create_graph)[0], alias
+
+
+def _in_functional_transform(grad_output: Tensor) -> bool:
+    """Whether the backward pass runs under torch.func, in forward mode, or in the vmap of `is_grads_batched=True`."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or has_tangent(grad_output)
+        or (not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_output))
+    )
