@@ -23,7 +23,8 @@ from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
-from . import Array, Evaluation, Tally, files
+from . import Evaluation, Tally, files
+from .arrays import Array
 from .evaluation import rows_in_a_block
 from .files import FileError, Rows, opened
 

@@ -8,19 +8,9 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import (
-    _FLOAT64,
-    _WORTH_THREADS,
-    Array,
-    _array,
-    _cpu,
-    _fraction,
-    _in_threads,
-    _logits,
-    _numbers,
-    _result,
-    _threads,
-)
+from . import _cpu
+from .arrays import FLOAT64, Array, as_array, as_fraction, as_logits, as_numbers, as_threads, writable
+from .threads import WORTH_THREADS, in_threads
 
 
 class BinaryOptions(TypedDict, total=False):
@@ -49,14 +39,14 @@ def binary_forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Binar
     >>> float(binary_forward(np.array([2.0, -1.0]), [True, False]).round(6))
     0.04969
     """
-    return _run(_logits(logits), target, None, 1.0, None, **options)
+    return _run(as_logits(logits), target, None, 1.0, None, **options)
 
 
 def binary_backward(
     logits: ArrayLike, target: ArrayLike, grad_output: ArrayLike = 1.0, **options: Unpack[BinaryOptions]
 ) -> Array:
     """Gradient of `binary_forward`, times `grad_output`: a number or, for "none", one a label."""
-    z = _logits(logits)
+    z = as_logits(logits)
     gradient = np.empty(z.shape, z.dtype)
     _run(z, target, gradient, grad_output, None, **options)
     return gradient
@@ -81,10 +71,10 @@ def binary_forward_backward(
     >>> gradient.round(6)
     array([-0.027536,  0.13392 ])
     """
-    z = _logits(logits)
+    z = as_logits(logits)
     inputs = (z, target, grad_output, options.get("weight"), options.get("pos_weight"))
-    gradient = _result(out, z, inputs)
-    loss = _run(z, target, gradient, grad_output, _threads(threads), **options)
+    gradient = writable(out, z, inputs)
+    loss = _run(z, target, gradient, grad_output, as_threads(threads), **options)
     if out is None or out is gradient:
         return loss, gradient
     out[...] = gradient
@@ -104,12 +94,12 @@ def _run(
     reduction: str = "mean",
     strength: float = 1.0,
 ) -> Any:
-    y = target if type(target) is np.ndarray else _array("target", target)
+    y = target if type(target) is np.ndarray else as_array("target", target)
     dtype, shape, size, kind = z.dtype, z.shape, z.size, y.dtype.kind
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if type(strength) is not float or not 0.0 <= strength <= 1.0:
-        strength = _fraction("strength", strength)
+        strength = as_fraction("strength", strength)
     if kind not in "fiub":
         raise TypeError(f"target must hold labels (booleans, integers) or probabilities (floats), got {y.dtype}")
     if y.shape != shape:
@@ -117,7 +107,7 @@ def _run(
 
     probability = label = None
     if kind == "f":
-        probability = _numbers("target", y, dtype)
+        probability = as_numbers("target", y, dtype)
     else:
         if kind != "b" and len(wrong := np.argwhere((y != 0) & (y != 1))):
             place = wrong[0].tolist()
@@ -131,7 +121,7 @@ def _run(
         if type(grad_output) is float:
             above = grad_output
         else:
-            g = _numbers("grad_output", grad_output, dtype if reduction == "none" else _FLOAT64)
+            g = as_numbers("grad_output", grad_output, dtype if reduction == "none" else FLOAT64)
             if g.ndim == 0:
                 above = float(g)
             elif g.shape == shape and reduction == "none":
@@ -145,10 +135,10 @@ def _run(
     job = _cpu.BinaryCall(
         *(losses, rows, logits, probability, label, w, p, each, size, row, dtype.itemsize, strength, divisor, above)
     )
-    if size < _WORTH_THREADS:
+    if size < WORTH_THREADS:
         job.run(0, job.n)
     else:
-        _in_threads(job, threads)
+        in_threads(job, threads)
     if gradient is not None and rows is not gradient:
         gradient[...] = rows
     if reduction != "none":
@@ -162,7 +152,7 @@ def _factors(
     """Both for the labels of a row, and how many a row has: those of the last axes, which all other axes repeat."""
     given = list[Array | None]()
     for name, values in (("weight", weight), ("pos_weight", pos_weight)):
-        factors = None if values is None else _numbers(name, values, dtype)
+        factors = None if values is None else as_numbers(name, values, dtype)
         given.append(factors)
         if factors is None:
             continue

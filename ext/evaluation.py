@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import Array, Options, _array, _fraction, _ignored, _logits, _run
+from .arrays import Array, Options, as_array, as_fraction, as_ignore_index, as_logits, call_kernel
 
 # What is evaluated at a time: in float32 4 MiB, which stay in a cache between being read or converted and being used.
 _LOGITS_IN_A_BLOCK = 1 << 20
@@ -71,7 +71,7 @@ def evaluate(
     ------
     As `forward`; ValueError also for logits without a softmax: with a NaN or +inf, or all -inf.
     """
-    z, y = _array("logits", logits), _array("target", target)
+    z, y = as_array("logits", logits), as_array("target", target)
     if z.ndim < 2:
         z, y = z[None], y[None]
     if y.shape[:1] != z.shape[:1]:
@@ -119,11 +119,11 @@ class Tally:
         if min(self.hits, default=1) < 1:
             raise ValueError(f"topk must hold numbers from 1, got {min(self.hits)}")
         self.options: Options = {
-            "weight": None if weight is None else np.array(_array("weight", weight)),
-            "ignore_index": _ignored(ignore_index),
+            "weight": None if weight is None else np.array(as_array("weight", weight)),
+            "ignore_index": as_ignore_index(ignore_index),
             "reduction": "none",
-            "label_smoothing": _fraction("label_smoothing", label_smoothing),
-            "strength": _fraction("strength", strength),
+            "label_smoothing": as_fraction("label_smoothing", label_smoothing),
+            "strength": as_fraction("strength", strength),
         }
         self.rows = self.count = 0
         self.bins = np.zeros((2, _BINS), np.int64)  # in each, the samples and how many of them are right
@@ -139,8 +139,8 @@ class Tally:
         if logits.ndim < 2 or logits.shape[1] == 0:
             raise ValueError(f"logits must be (N, C) or (N, C, d1, ...) with C >= 1, got shape {logits.shape}")
         # Its bytes in this machine's order, whatever a file has.
-        z = _logits(np.asarray(logits, np.float64 if logits.dtype.itemsize == 8 else np.float32))
-        losses, ce, confidence, rank = _described(z, target, self.rows, self.options)
+        z = as_logits(np.asarray(logits, np.float64 if logits.dtype.itemsize == 8 else np.float32))
+        losses, ce, confidence, rank = _loss_and_statistics(z, target, self.rows, self.options)
         if np.isnan(ce).any():
             n, *place = np.argwhere(np.isnan(ce).reshape(target.shape))[0].tolist()
             values = z[(n, slice(None), *place)]
@@ -197,11 +197,13 @@ class Tally:
         )
 
 
-def _described(z: Array, target: Array, first: int, options: Options) -> tuple[Array, Array, Array, Array]:
+def _loss_and_statistics(
+    z: Array, target: Array, row_offset: int, options: Options
+) -> tuple[Array, Array, Array, Array]:
     """Loss, cross entropy, confidence and rank of each sample."""
     n = target.size
     ce, confidence, rank = np.empty(n, z.dtype), np.empty(n, z.dtype), np.empty(n, np.int64)
-    losses = _run(z, target, None, 1.0, None, (ce, None, rank, confidence), first, **options)
+    losses = call_kernel(z, target, None, 1.0, None, (ce, None, rank, confidence), row_offset, **options)
     return losses.reshape(-1), ce, confidence, rank
 
 

@@ -23,7 +23,7 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
-from . import Array
+from .arrays import Array
 
 _HEADERS = {
     (1, 0): (2, npy.read_array_header_1_0),

@@ -21,8 +21,9 @@ from torch.nn import _reduction
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import _WORTH_THREADS, _cpu, _in_threads
+from .. import _cpu
 from ..binary import row_of
+from ..threads import WORTH_THREADS, in_threads
 from . import _require_memory, cpu, gpu
 from .call import _FLOATING, HALF, _autocast_dtype, has_tangent, is_being_traced, is_ordinary
 from .composite import _loss_of_log_odds, _weighted
@@ -348,10 +349,10 @@ def _call(
         *(loss, gradient, _lying(input, dtype), None if hard else y, y if hard else None, *by, each, count, row),
         *(dtype.itemsize, strength, float(count) if reduction == "mean" else 1.0, above),
     )
-    if count < _WORTH_THREADS:
+    if count < WORTH_THREADS:
         job.run(0, job.n)
     else:
-        _in_threads(job, torch.get_num_threads())
+        in_threads(job, torch.get_num_threads())
     return job
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _LOGITS_WORTH_A_THREAD, _WORTH_THREADS, _cpu, _in_threads
+from .. import _cpu
+from ..layout import row_stride
+from ..threads import LOGITS_WORTH_A_THREAD, WORTH_THREADS, in_threads
 from .call import HALF, Options, check_target, class_axis, is_being_traced, is_ordinary, kernel_dtype
 from .second import input_gradient
 
@@ -121,11 +123,15 @@ def run(
     probabilities = target.is_floating_point()
     ndim, k = input.dim(), input.shape[class_axis(input)]
     n = input.numel() // k
-    plane_size = 0
+    apart = None if input.is_neg() or not _is_aligned(input) else row_stride(input.shape, input.stride(), 1)
     # As in the NumPy face: plane by plane where the kernel can.
-    if ndim > 2 and not (probabilities or label_smoothing or with_statistics) and input.dtype == dtype:
-        plane_size = 0 if input.movedim(1, -1).is_contiguous() else n // max(1, len(input))
-    z = _aligned(input).detach().resolve_neg().contiguous() if plane_size else _rows(input)
+    planes = ndim > 2 and apart is None and not (probabilities or label_smoothing or with_statistics)
+    planes = planes and input.dtype == dtype
+    plane_size = n // max(1, len(input)) if planes else 0
+    if planes:
+        z = _aligned(input).detach().resolve_neg().contiguous()
+    else:
+        z = input if ndim == 2 and apart is not None else _rows(input)
     t, y = (None, _rows(target).to(dtype).contiguous()) if probabilities else (_as_int64(target), None)
     w = None if weight is None else _aligned(weight).detach().to(dtype).resolve_neg().contiguous()
     losses = loss.view(-1) if reduction == "none" else None
@@ -145,22 +151,22 @@ def run(
 
     size = loss.element_size()
     options, divisor = (size, ignore_index, label_smoothing, strength), None if reduction == "mean" else 1.0
-    row_stride = z.stride(0) * z.element_size()
+    apart = z.stride(0) * z.element_size()
     whole = _cpu.KernelCall(
-        losses, g, z, t, y, w, row_grad_outputs, stats, n, k, plane_size, row_stride, *options, divisor, factor
+        losses, g, z, t, y, w, row_grad_outputs, stats, n, k, plane_size, apart, *options, divisor, factor
     )
     if z.dtype == dtype:
-        bad_row = whole.run(0, n) if n * k < _WORTH_THREADS else _in_threads(whole, torch.get_num_threads())
+        bad_row = whole.run(0, n) if n * k < WORTH_THREADS else in_threads(whole, torch.get_num_threads())
     else:
         threads = torch.get_num_threads()
-        block, bad_row = max(1, _LOGITS_WORTH_A_THREAD * threads // k), -1
+        block, bad_row = max(1, LOGITS_WORTH_A_THREAD * threads // k), -1
         for part in (slice(i, i + block) for i in range(0, n, block)):
             z_part, stats_part = z[part].to(dtype).contiguous(), stats and [x[part] for x in stats]
             g_part = None if g is None else torch.empty_like(z_part)
             t_part, y_part, outputs = (None if x is None else x[part] for x in (t, y, row_grad_outputs))
             tensors = (whole.losses(part.start), g_part, z_part, t_part, y_part, w, outputs, stats_part)
             block_call = _cpu.KernelCall(*tensors, len(z_part), k, 0, k * size, *options, whole.divisor, factor)
-            bad_row = max(bad_row, _in_threads(block_call, threads))
+            bad_row = max(bad_row, in_threads(block_call, threads))
             if g is not None and g_part is not None:
                 g[part] = g_part
     if bad_row >= 0:
@@ -189,17 +195,18 @@ def _allocate(input: Tensor, scalar: Tensor, with_gradient: bool, reduction: str
     return loss, torch.empty_like(input) if with_gradient else None, cross_entropy, probability, rank
 
 
+def _is_aligned(x: Tensor) -> bool:
+    """Whether to its type, as C wants it; torch.frombuffer and from_numpy may give others."""
+    return x.data_ptr() % x.element_size() == 0
+
+
 def _aligned(x: Tensor) -> Tensor:
-    """To its type, as C wants it; torch.frombuffer and from_numpy may give others."""
-    return x if x.data_ptr() % x.element_size() == 0 else x.detach().clone()
+    return x if _is_aligned(x) else x.detach().clone()
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(C,), (N, C) or (N, C, d1, ...) as (M, C) with contiguous rows, without a copy where possible."""
-    x = _aligned(x)
-    if x.dim() == 2 and not x.is_neg() and (x.is_contiguous() or (x.stride(1) == 1 and x.stride(0) >= x.shape[1])):
-        return x
-    x = x.detach().resolve_neg()
+    """(C,), (N, C) or (N, C, d1, ...) as contiguous (M, C), without a copy where possible."""
+    x = _aligned(x).detach().resolve_neg()
     x = x.movedim(1, -1) if x.dim() > 2 else x
     return x.reshape(-1, x.shape[-1]).contiguous()
 

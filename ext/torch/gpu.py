@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layout import row_stride
 from .call import Options, class_axis, is_being_traced, working_dtype
 from .second import input_gradient
 
@@ -244,12 +245,11 @@ def layout(input: Tensor) -> tuple[Tensor, int, int]:
     many samples follow each other.
     """
     z, classes = input.detach().resolve_neg(), _classes(input)
-    if z.dim() == 2 and (classes == 1 or z.stride(1) == 1) and z.stride(0) >= classes:
-        return z, z.stride(0), z.shape[0]
+    apart = row_stride(z.shape, z.stride(), 1)
+    if apart is not None:
+        return z, apart, z.numel() // classes
     if z.dim() == 2 and z.t().is_contiguous():
         return z, 0, z.shape[0]
-    if z.dim() > 2 and z.movedim(1, -1).is_contiguous():
-        return z, classes, z.numel() // classes
     z = z.contiguous()
     return (z, 0, z[0, 0].numel()) if z.dim() > 2 and z.shape[0] else (z, classes, z.numel() // classes)
 
