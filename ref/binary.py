@@ -74,7 +74,10 @@ def binary_forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Binar
 def binary_backward(
     logits: ArrayLike, target: ArrayLike, grad_output: ArrayLike = 1.0, **options: Unpack[BinaryOptions]
 ) -> Array:
-    """Gradient of `binary_forward` with respect to the logits, times `grad_output`: a number or, for "none", one each.
+    """Gradient of `binary_forward` with respect to the logits, in their shape.
+
+    logits, target, options : as for `binary_forward`.
+    grad_output : factor of the gradient, a number; for "none" also an array of the logits' shape.
 
     >>> binary_backward([2.0, -1.0], [1, 0], reduction="sum").round(6)
     array([-0.027536,  0.13392 ])
@@ -91,7 +94,10 @@ def binary_hessian_vector_product(
     grad_output: ArrayLike = 1.0,
     **options: Unpack[BinaryOptions],
 ) -> Array:
-    """Change of `binary_backward` per unit step of the logits along `vector` (an array like the logits).
+    """Change of `binary_backward` per unit step of the logits along a vector, in the logits' shape.
+
+    logits, target, grad_output, options : as for `binary_backward`.
+    vector : array of the logits' shape.
 
     Every label's loss depends on its own logit alone: along a vector of ones this is the second derivative.
 

@@ -54,7 +54,7 @@ class Options(TypedDict, total=False):
 
 @np.errstate(all="ignore")  # infinities and NaN are values here
 def forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Options]) -> float | Array:
-    """Loss.
+    """Loss of rows of logits.
 
     Parameters
     ----------
@@ -71,6 +71,14 @@ def forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Options]) ->
     Raises
     ------
     TypeError for a dtype, ValueError for a shape or an option, IndexError for a class that does not exist.
+
+    >>> logits, target = [[1.0, 4.0, 2.0], [0.0, 5.0, 0.0]], [1, 0]
+    >>> forward(logits, target, reduction="none").round(6)
+    array([0.026531, 4.980055])
+    >>> round(forward(logits, target), 6)
+    2.503293
+    >>> round(forward(logits, [[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]], label_smoothing=0.1), 6)  # probabilities
+    1.381584
     """
     samples = _samples(logits, target, **options)
     if not samples.reduced:
@@ -81,7 +89,25 @@ def forward(logits: ArrayLike, target: ArrayLike, **options: Unpack[Options]) ->
 
 @np.errstate(all="ignore")
 def backward(logits: ArrayLike, target: ArrayLike, grad_output: ArrayLike = 1.0, **options: Unpack[Options]) -> Array:
-    """Gradient of `forward` with respect to the logits, times `grad_output`: a number or, for "none", one a sample."""
+    """Gradient of `forward` with respect to the logits.
+
+    Parameters
+    ----------
+    logits, target, options : as for `forward`.
+    grad_output : factor of the gradient, a number; for "none" also an array of the loss's shape.
+
+    Returns
+    -------
+    float64 array of the logits' shape. It is 0 for ignored samples, and NaN for samples with a logit of NaN or +inf.
+
+    Raises
+    ------
+    As `forward`; ValueError for grad_output of another shape.
+
+    >>> backward([[1.0, 4.0, 2.0], [0.0, 5.0, 0.0]], [1, 0]).round(6)
+    array([[ 0.006291, -0.023393,  0.017102],
+           [-0.509928,  0.506515,  0.003413]])
+    """
     samples = _samples(logits, target, **options)
     return samples.times(grad_output, samples.gradient(), -RAISED)
 
@@ -94,7 +120,27 @@ def hessian_vector_product(
     grad_output: ArrayLike = 1.0,
     **options: Unpack[Options],
 ) -> Array:
-    """Change of `backward` per unit step of the logits along `vector` (an array like the logits)."""
+    """Change of `backward` per unit step of the logits along a vector: the loss's second derivative times it.
+
+    Parameters
+    ----------
+    logits, target, grad_output, options : as for `backward`.
+    vector : array of the logits' shape.
+
+    Returns
+    -------
+    float64 array of the logits' shape.
+
+    Raises
+    ------
+    As `backward`; ValueError for a vector of another shape.
+
+    >>> z, v, step = np.array([1.0, 4.0, 2.0]), np.array([1.0, 0.0, -1.0]), 1e-6
+    >>> hessian_vector_product(z, 1, v).round(6)
+    array([ 0.008808,  0.035656, -0.044465])
+    >>> ((backward(z + step * v, 1) - backward(z - step * v, 1)) / (2 * step)).round(6)
+    array([ 0.008808,  0.035656, -0.044465])
+    """
     samples = _samples(logits, target, **options)
     v = _numbers("vector", vector)
     if v.shape != np.shape(logits):

@@ -1,12 +1,17 @@
 """What is installed, and what importing it touches."""
 
 import ast
+import doctest
+import inspect
+import re
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from lace_loss import ref
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,6 +97,18 @@ def test_the_package_holds_every_vector_and_every_port_that_the_repository_has(t
         assert len(files) >= 4
         for path in files:
             assert (tmp_path / "lace_loss" / folder / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", sorted(name for name in ref.__all__ if inspect.isfunction(getattr(ref, name))))
+def test_a_public_function_of_ref_says_what_it_takes_and_has_examples_that_hold(name):
+    function = getattr(ref, name)
+    (found,) = doctest.DocTestFinder(recurse=False).find(
+        function, name, globs=vars(sys.modules[function.__module__]).copy()
+    )
+    assert found.examples
+    assert doctest.DocTestRunner().run(found).failed == 0
+    for word in inspect.signature(function).parameters:
+        assert re.search(rf"\b{word}\b", function.__doc__), word
 
 
 def test_the_version_stands_in_one_place():
