@@ -4,7 +4,7 @@
 #include "fuzz.h"
 #include "lace_builds.h"
 
-enum { MOST_CLASSES = 4096, MOST_VALUES = 16384 };
+enum { MOST_CLASSES = 32769, MOST_VALUES = 16384 };
 enum { LOGITS, WEIGHT, POSTERIOR, ALONE_LOGITS, ALONE_POSTERIOR };
 
 typedef struct {
