@@ -547,15 +547,18 @@ static void sum_soft_row(HardRows *x, SoftSums *soft, Sums *sums, size_t r, Real
 static void soft_formulas(HardRows *restrict x, const SoftSums *restrict soft, const Sums *restrict sums, Real strength,
                           size_t count)
 {
-    const Pair s = {strength, 0}, minus = {-1, 0}, minus_s = {-strength, 0};
+    const Pair s = {strength, 0}, minus = {-1, 0}, minus_s = {-strength, 0}, nothing = {0, 0};
     for (size_t r = 0; r < count; r++) {
         const Pair inverse = load_pair(&sums->inverse, r), log_sum = load_pair(&sums->log_sum, r);
         const Pair a = load_pair(&soft->a, r), ae = load_pair(&soft->ae, r), scale = {soft->scale[r], 0};
         const Pair aqn = multiply(add(load_pair(&soft->aed, r), multiply(ae, log_sum)), inverse);
         const Pair an = add(load_pair(&soft->ad, r), multiply(a, log_sum)), top = {x->loss[r], 0};
-        const Pair ak = add(a, multiply(s, add(aqn, multiply(minus, multiply(ae, inverse)))));
+        /* Infinite coefficients: what is taken away of an infinite sum is infinite, too, and less. */
+        const Pair less_an = is_finite(an.high) ? multiply(minus_s, aqn) : nothing;
+        const Pair less_ak = is_finite(a.high) ? multiply(s, add(aqn, multiply(minus, multiply(ae, inverse)))) : nothing;
+        const Pair ak = add(a, less_ak);
         const Real part = rounded(multiply(multiply(scale, ak), inverse));
-        x->loss[r] = rounded(add(top, add(an, multiply(minus_s, aqn))));
+        x->loss[r] = rounded(add(top, add(an, less_an)));
         x->grad_factor[r] += part;
         x->grad_target[r] += part;
     }

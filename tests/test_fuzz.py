@@ -23,7 +23,7 @@ from tolerances import ROUNDINGS, ROUNDINGS_OF_TERMS, ULP, UNDERFLOW
 
 EXT = Path(__file__).parent.parent / "ext"
 FUZZ = Path(__file__).parent / "fuzz"
-TARGETS = ("rows", "row", "binary", "sum")
+TARGETS = ("rows", "row", "posterior", "binary", "sum")
 SECONDS = 20  # a target, of which the known inputs take up to 7
 STEP = int(
     os.environ.get("EXHAUSTIVE_STEP", "64")
@@ -158,7 +158,8 @@ def test_known_inputs_run_every_line(program, folder):
     objects = [word for other in others for word in ("-object", other)]
     covered = [first, *objects, "-instr-profile=all.profile", "-summary-only", EXT]
     files = json.loads(made("llvm-cov", "export", *covered, cwd=folder))["data"][0]["files"]
-    for name in ("lace_rows.h", "lace_columns.h", "lace_binary.h", "lace_math.h", "lace_row.c", "lace_labels.c"):
+    kernel = ["lace_rows.h", "lace_columns.h", "lace_posterior.h", "lace_binary.h", "lace_math.h"]
+    for name in (*kernel, "lace_row.c", "lace_labels.c"):
         (summary,) = (file["summary"] for file in files if Path(file["filename"]).name == name)
         of = ", ".join(
             f"{summary[what]['covered']} of {summary[what]['count']} {what}" for what in ("lines", "branches")
@@ -181,8 +182,8 @@ def test_short_rows_are_within_the_contract_for_every_float(folder):
 MISTAKES = {
     "the search for the largest logit stops at a NaN": (
         "lace_rows.h",
-        "z[top[r]] != sums->max[r]",
-        "z[top[r]] < sums->max[r]",
+        "while (j < k - 1 && z[j] != max)",
+        "while (j < k - 1 && z[j] < max)",
         "rows",
     ),
     "lines may overlap": ("lace_rows.h", "gradient_stride < length", "0", "rows"),
@@ -228,6 +229,9 @@ MISTAKES = {
         "#define KEPT 1.0",
         "binary",
     ),
+    "the last block is searched for the largest logit, too": ("lace_rows.h", "j + 32 < k", "j + 32 <= k", "rows"),
+    "the K of other classes is forgotten": ("lace_posterior.h", "multiply(weight, slope)", "weight", "posterior"),
+    "a weight of 0 is allowed": ("lace_posterior.h", "w[j] > 0 &&", "w[j] >= 0 &&", "posterior"),
     "the last values are not added": ("lace_rows.h", "add_to_lanes(lanes, e + j, count - j);", "", "sum"),
 }
 

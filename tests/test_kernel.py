@@ -481,7 +481,7 @@ REALS = {"f32": np.float32, "f64": np.float64}
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 @pytest.mark.parametrize("k", [1, 2, 13, 700])
 def test_targets_in_several_classes_are_those_of_the_reference_in_every_layout(k, kind, dtype, library):
-    """Without a gradient, too, the loss having the same bits; with room between lines; where the largest logit ties."""
+    """Without a gradient, too, and with the same bits; with room between lines; where the largest logit ties."""
     rng = np.random.default_rng(k)
     n, real, function = 70, REALS[dtype], getattr(library, f"lace_{kind}_{dtype}")
     z = (4 * rng.normal(size=(n, k))).astype(real)

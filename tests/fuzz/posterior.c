@@ -4,7 +4,7 @@
 #include "fuzz.h"
 #include "lace_builds.h"
 
-enum { MOST_CLASSES = 4096, MOST_VALUES = 16384 };
+enum { MOST_CLASSES = 32769, MOST_VALUES = 16384 };
 enum { LOGITS, WEIGHT, POSTERIOR, ALONE_LOGITS, ALONE_POSTERIOR };
 
 typedef struct {
@@ -56,10 +56,10 @@ static void read_call(Call *c, Input *in)
     c->width = flags & 1 ? 8 : 4;
     c->columns = flags >> 1 & 1;
     c->options = flags >> 2 & 1;
-    c->room = flags >> 3 & 1 ? 3 : 0;
     const Bulk numbers = bulk(in, c->width);
     in->random = two_bytes(in);
     c->k = which_k < 230 ? 1 + which_k % 40 : sizes[which_k % 7];
+    c->room = flags >> 3 & 1 && c->k < MOST_VALUES ? 3 : 0;
     c->n = which_n % 70 * c->k < MOST_VALUES ? which_n % 70 : 1;
     c->smoothing = !c->options || e < 128 ? 0 : e == 255 ? 1 : (double)(e - 128) / 128;
     c->strength = c->options ? (double)s / 255 : 1;
