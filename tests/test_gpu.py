@@ -329,7 +329,7 @@ def test_second_derivatives_are_the_composite_form_s(launched):
 # What the choice of path depends on, and whether the kernels serve.
 CHOICES = {
     "float32": ({}, True),
-    "float16 and float32 weights under autocast or not": ({"dtype": torch.float16, "weight": torch.ones(5)}, True),
+    "float16 and float32 weights under autocast": ({"dtype": torch.float16, "weight": torch.ones(5)}, True),
     "bfloat16": ({"dtype": torch.bfloat16}, True),
     "float64": ({"dtype": torch.float64}, False),
     "probabilities": ({"target": torch.ones(4, 5)}, False),
@@ -345,18 +345,19 @@ def test_the_kernels_serve_float32_and_half_logits_with_class_indices(given, ser
     monkeypatch.setattr(gpu, "on_gpu", lambda input: True)
     monkeypatch.setattr(gpu, "triton_supported", lambda device: given["triton"])
 
-    def served(z, weight):
-        call = describe(z, given["target"], weight, -100)
-        return lace_torch._kernel(call, z, given["target"]) is gpu
+    def served(z, target, weight):
+        with torch.autocast("cpu"):
+            call = describe(z, target, weight, -100)
+        return lace_torch._kernel(call, z, target) is gpu
 
-    input = torch.zeros(4, 5, dtype=given["dtype"])
-    assert served(input, given["weight"]) == serves
+    input, target, weight = torch.zeros(4, 5, dtype=given["dtype"]), given["target"], given["weight"]
+    assert served(input, target, weight) == serves
     under_vmap = []
-    torch.func.vmap(lambda z: under_vmap.append(served(z, None)) or z)(input)
+    torch.func.vmap(lambda z, t: under_vmap.append(served(z, t, None)) or z)(input, target)
     assert under_vmap == [False]
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(input, torch.ones_like(input))
-        assert not served(dual, given["weight"])
+        assert not served(dual, target, weight)
 
 
 def test_triton_serves_from_compute_capability_8_on_if_it_can_launch_a_kernel(monkeypatch):

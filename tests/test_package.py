@@ -114,3 +114,33 @@ def test_a_public_function_of_ref_says_what_it_takes_and_has_examples_that_hold(
 def test_the_version_stands_in_one_place():
     assert f'version = "{version("lace-loss")}"' in (ROOT / "pyproject.toml").read_text()
     assert f"## {version('lace-loss')}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+TYPED = """
+from typing import assert_type
+
+from torch import Tensor
+
+from lace_loss.ext.torch import LACELoss, lace_loss
+
+
+def step(x: Tensor, y: Tensor, wanted: bool) -> None:
+    loss = LACELoss()(x, y)
+    assert_type(loss, Tensor)
+    assert_type(lace_loss(x, y, reduction="sum"), Tensor)
+    assert_type(LACELoss()(x, y, statistics=True), tuple[Tensor, dict[str, Tensor]])
+    assert_type(lace_loss(x, y, statistics=True), tuple[Tensor, dict[str, Tensor]])
+    assert_type(LACELoss()(x, y, statistics=wanted), Tensor | tuple[Tensor, dict[str, Tensor]])
+    loss.nonsense
+"""
+
+
+def test_a_type_checker_knows_what_a_loss_returns(tmp_path):
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    program = tmp_path / "step.py"
+    program.write_text(TYPED)
+    command = [sys.executable, "-m", "mypy", program]  # strict, by pyproject.toml
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert [line.partition("error: ")[2] for line in done.stdout.splitlines()[:-1]] == [
+        '"Tensor" has no attribute "nonsense"  [attr-defined]'
+    ], done.stdout + done.stderr

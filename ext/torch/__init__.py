@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from numbers import Real
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -33,6 +33,57 @@ from .composite import statistics as composite_statistics
 __all__ = ["BinaryLACELoss", "LACELoss", "binary_lace_loss", "check_target", "lace_loss"]
 
 
+@overload
+def lace_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    strength: float = 1.0,
+    normalizer: float | Tensor | None = None,
+    statistics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def lace_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    strength: float = 1.0,
+    normalizer: float | Tensor | None = None,
+    statistics: Literal[True],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@overload
+def lace_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    strength: float = 1.0,
+    normalizer: float | Tensor | None = None,
+    statistics: bool,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
+
+
 def lace_loss(
     input: Tensor,
     target: Tensor,
@@ -46,19 +97,29 @@ def lace_loss(
     strength: float = 1.0,
     normalizer: float | Tensor | None = None,
     statistics: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Linearly Adaptive Cross Entropy between logits and target; arguments as `torch.nn.functional.cross_entropy`.
 
     Parameters
     ----------
     input : (C,), (N, C) or (N, C, d1, ...) logits, floating. float16 and bfloat16 are computed in float32.
     target : class indices of the shape without C (int8 to int64, uint8), or probabilities of the input's shape.
+    weight : a factor for each class, (C,).
+    size_average, reduce : deprecated, as in torch; they choose the reduction.
+    ignore_index : the class index whose samples do not count.
+    reduction : "mean", over the weights of the samples that count; "sum"; or "none", one loss a sample.
+    label_smoothing : the part of the target, in [0, 1], that is spread evenly over all classes.
     strength : s in [0, 1]: 1 is LACE, 0 is cross entropy.
     normalizer : a number or 0-d tensor that takes the place of the mean's denominator: what all batches of a gradient
         accumulation, or all processes, count together.
-    statistics : return (loss, {"cross_entropy": -log q_t, "probability": q_t, "rank": classes ahead of t}), tensors of
-        the target's shape without derivatives, for class indices. Rank < k is top-k accuracy; of equal logits the
-        lower index is ahead. An ignored sample has 0, 0 and C.
+    statistics : whether to return what is known of each sample, too; of class indices only.
+
+    Returns
+    -------
+    The loss, a tensor in the input's dtype (float32 under autocast), 0-d or of the target's shape for "none". With
+    `statistics` a tuple of it and {"cross_entropy": -log q_t in nats, "probability": q_t, "rank": classes ahead of t},
+    tensors of the target's shape without derivatives. Rank < k is top-k accuracy; of equal logits the lower index is
+    ahead. An ignored sample has 0, 0 and C.
 
     Raises
     ------
@@ -66,12 +127,25 @@ def lace_loss(
     it (else its sample's loss and gradient are NaN: on a GPU, under `torch.func`, in exported and traced graphs, and
     where a composite form is compiled; see `check_target`); ValueError for a strength outside [0, 1], a normalizer
     without a mean or of a shape, and statistics of probabilities.
+
+    Examples
+    --------
+        >>> import torch
+        >>> from lace_loss.ext.torch import lace_loss
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]], requires_grad=True)
+        >>> loss = lace_loss(logits, torch.tensor([0, 0]))
+        >>> loss.backward()
+        >>> print(f"{loss:.4f}", logits.grad.shape)
+        0.9443 torch.Size([2, 2])
+        >>> loss, statistics = lace_loss(logits, torch.tensor([0, 0]), statistics=True)
+        >>> print(statistics["rank"])
+        tensor([0, 1])
     """
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
-            lace_loss,
+            lace_loss,  # type: ignore[arg-type]
             (input, target, weight),
-            *(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing),
+            *(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing),  # type: ignore[arg-type]
             strength=strength,
             normalizer=normalizer,
             statistics=statistics,
@@ -122,8 +196,27 @@ def lace_loss(
 
 
 class LACELoss(_WeightedLoss):
-    """`lace_loss` as a module: constructed as `torch.nn.CrossEntropyLoss`, with `strength`; called with input, target
-    and, on request, `normalizer` and `statistics`.
+    """`lace_loss` as a module, in the place of `torch.nn.CrossEntropyLoss`.
+
+    Parameters
+    ----------
+    weight : a factor for each class, (C,); a buffer, which moves and is saved with the module.
+    size_average, reduce : deprecated, as in torch; they choose the reduction.
+    ignore_index, reduction, label_smoothing, strength : see `lace_loss`.
+
+    Raises
+    ------
+    What a call would raise for these options, already when constructed.
+
+    Examples
+    --------
+        >>> import torch
+        >>> from lace_loss.ext.torch import LACELoss
+        >>> criterion = LACELoss(label_smoothing=0.1)
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]], requires_grad=True)
+        >>> criterion(logits, torch.tensor([0, 1])).backward()
+        >>> print(logits.grad.shape)
+        torch.Size([2, 2])
     """
 
     def __init__(
@@ -143,9 +236,46 @@ class LACELoss(_WeightedLoss):
         self.label_smoothing = label_smoothing
         self.strength = strength
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        normalizer: float | Tensor | None = None,
+        statistics: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None, statistics: Literal[True]
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    @overload
+    def forward(
+        self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None, statistics: bool
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
+
     def forward(
         self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None, statistics: bool = False
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The loss of `lace_loss` with this module's options; arguments, results and errors are those.
+
+        Parameters
+        ----------
+        input : (C,), (N, C) or (N, C, d1, ...) logits.
+        target : class indices of the shape without C, or probabilities of the input's shape.
+        normalizer : takes the place of the mean's denominator.
+        statistics : whether to return each sample's cross entropy, probability and rank, too.
+
+        Examples
+        --------
+            >>> import torch
+            >>> from lace_loss.ext.torch import LACELoss
+            >>> loss, statistics = LACELoss()(torch.tensor([[0.0, 2.0]]), torch.tensor([1]), statistics=True)
+            >>> print(f"{loss:.4f} {statistics['probability'].item():.4f}")
+            0.0151 0.8808
+        """
         return lace_loss(
             input,
             target,
@@ -159,6 +289,9 @@ class LACELoss(_WeightedLoss):
             normalizer=normalizer,
             statistics=statistics,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # what a module's call returns; torch says Any
 
     def extra_repr(self) -> str:
         return "" if self.strength == 1 else f"strength={self.strength}"
@@ -198,7 +331,7 @@ def _checked(ignore_index: Any, reduction: Any, label_smoothing: Any, strength: 
 def _require_memory(*tensors: Tensor) -> None:
     """Refuse tensors whose storage was given back, which torch's own operations may read all the same."""
     for x in tensors:
-        if x.device.type in ("cpu", "cuda") and not x.data_ptr() and x.numel():
+        if not x.data_ptr() and x.numel() and x.device.type in ("cpu", "cuda"):
             raise RuntimeError(f"a tensor of shape {tuple(x.shape)} has no storage: its data is not allocated")
 
 

@@ -68,15 +68,15 @@ def _kernel_reads(input: Tensor, *others: Tensor) -> bool:
     it is part of no graph that is meant to run elsewhere (export, trace). Compilers see it as one operation.
     """
     # The flag itself: compiled, is_exporting() is always True in torch 2.11.
-    if torch.compiler._is_exporting_flag or has_tangent(input):
+    if torch.compiler._is_exporting_flag:
         return False
     dtype, device = kernel_dtype(input), input.device
     for x in others:
-        if x.dtype != dtype and x.is_floating_point() and not (x.dtype in HALF and dtype == torch.float32):
+        if x.requires_grad or x.device != device:
             return False
-        if x.requires_grad or has_tangent(x) or x.device != device:
+        if x.is_floating_point() and x.dtype != dtype and not (x.dtype in HALF and dtype == torch.float32):
             return False
-    return True
+    return forward_ad._current_level < 0 or not any(map(has_tangent, (input, *others)))
 
 
 def class_axis(input: Tensor) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import isfinite
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from .. import _cpu
 from ..layout import row_stride
 from ..threads import LOGITS_WORTH_A_THREAD, WORTH_THREADS, in_threads
 from .call import HALF, Options, check_target, class_axis, is_being_traced, is_ordinary, kernel_dtype
-from .second import input_gradient
+from .second import in_functional_transform, input_gradient
 
 __all__ = ["OnCPU", "loss_and_statistics", "registered", "run"]
 
@@ -57,7 +56,11 @@ class OnCPU(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None, None
-        return input_gradient(grad_output, _gradient, ctx.options, ctx.saved_tensors), None, None, None, None
+        saved = ctx.saved_tensors
+        special = torch.is_grad_enabled() or is_being_traced() or in_functional_transform(grad_output) or _is_retained()
+        if special or saved[3] is None or grad_output.dim() or grad_output.item() != 1:
+            return input_gradient(grad_output, _gradient, ctx.options, saved), None, None, None, None
+        return saved[3], None, None, None, None  # what input_gradient would return, found 2 us earlier
 
 
 def _gradient(
@@ -80,10 +83,11 @@ def _gradient(
     if gradient is None:
         return _eager_or_registered()(input, target, weight, grad_output, True, *options, False)[1]
     traced = is_being_traced()
-    if not traced and not grad_output.dim() and isfinite(value := grad_output.item()) and abs(value) <= 1:
-        if value == 1:
+    if not traced and not grad_output.dim():
+        if (value := grad_output.item()) == 1:
             return gradient.clone() if _is_retained() else gradient
-        return gradient * value
+        if -1 <= value <= 1:
+            return gradient * value
     axis = class_axis(input)
     factor = grad_output.unsqueeze(axis) if grad_output.dim() else grad_output  # raises if it has no storage
     if not traced and is_ordinary(factor) and factor.isfinite().all() and (factor.abs() > 1).any():
@@ -121,9 +125,10 @@ def run(
     results = _allocate(input, _SCALAR[dtype], with_gradient, reduction, with_statistics)
     loss, gradient, *statistics = results
     probabilities = target.is_floating_point()
-    ndim, k = input.dim(), input.shape[class_axis(input)]
+    shape = input.shape
+    ndim, k = len(shape), shape[1 if len(shape) > 1 else 0]
     n = input.numel() // k
-    apart = None if input.is_neg() or not _is_aligned(input) else row_stride(input.shape, input.stride(), 1)
+    apart = None if input.is_neg() or not _is_aligned(input) else row_stride(shape, input.stride(), 1)
     # As in the NumPy face: plane by plane where the kernel can.
     planes = ndim > 2 and apart is None and not (probabilities or label_smoothing or with_statistics)
     planes = planes and input.dtype == dtype

@@ -32,9 +32,12 @@ def serves(input: Tensor, target: Tensor) -> bool:
     return single and not target.is_floating_point() and triton_supported(input.device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_supported(device: torch.device) -> bool:
     return has_triton() and runs_kernels(device)
+
+
+# What torch.compiler.assume_constant_result does, but that imports the whole compiler: as long as torch itself takes.
+triton_supported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -20,7 +20,7 @@ def input_gradient(
     `saved` begins with input, target and weight. `compute` makes the gradient of grad_output, `saved` and `options`.
     """
     create_graph = torch.is_grad_enabled()
-    if _in_functional_transform(grad_output):
+    if in_functional_transform(grad_output):
         input, target, weight, *_ = saved
         return _composite_gradient(grad_output, input, target, weight, options, create_graph)[0]
     if create_graph:
@@ -61,7 +61,7 @@ def _composite_gradient(
         return torch.autograd.grad(loss, alias, grad_output, create_graph=create_graph)[0], alias
 
 
-def _in_functional_transform(grad_output: Tensor) -> bool:
+def in_functional_transform(grad_output: Tensor) -> bool:
     """Whether the backward pass runs under torch.func, in forward mode, or in the vmap of `is_grads_batched=True`."""
     return (
         torch._C._are_functorch_transforms_active()
