@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 from lace_loss.ext.torch import binary_gpu
 
-# Instructions a label, forward and backward. An H100 issues 68 and 102 while it moves the 8 and 12 bytes of float32, and
+# Instructions a label, forward and backward. An H100 issues 68 and 102 while it moves 8 and 12 bytes of float32, and
 # half as many for those of a half type: but for float32's backward pass these kernels wait for instructions.
 MOST = {torch.float32: (83, 100), torch.bfloat16: (84, 100)}
 
