@@ -94,7 +94,7 @@ class Training:
             ce = nn.functional.cross_entropy(logits, labels, reduction="none")
             loss = ((1 - torch.exp(-ce)) * ce).sum() / count
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.losses[step] = loss.detach()
         self.grad_norms[step] = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])

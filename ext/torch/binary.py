@@ -27,7 +27,7 @@ from ..threads import WORTH_THREADS, in_threads
 from . import _require_memory, cpu, gpu
 from .call import _FLOATING, HALF, _autocast_dtype, has_tangent, is_being_traced, is_ordinary
 from .composite import _loss_of_log_odds, _weighted
-from .second import _in_functional_transform
+from .second import in_functional_transform
 
 Labels = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # input, target, weight, pos_weight
 
@@ -218,7 +218,7 @@ class _Kernel(torch.autograd.Function):
         *labels, formed = ctx.saved_tensors
         given = (*labels, ctx.reduction, ctx.strength)
         again = torch.is_grad_enabled()
-        if _in_functional_transform(grad_output):
+        if in_functional_transform(grad_output):
             gradient = _composite_gradient(grad_output, *given, create_graph=again)[0]
         elif again:
             gradient = _Gradient.apply(grad_output, *given)
