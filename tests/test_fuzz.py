@@ -231,7 +231,12 @@ MISTAKES = {
     ),
     "the last block is searched for the largest logit, too": ("lace_rows.h", "j + 32 < k", "j + 32 <= k", "rows"),
     "the K of other classes is forgotten": ("lace_posterior.h", "multiply(weight, slope)", "weight", "posterior"),
-    "a weight of 0 is allowed": ("lace_posterior.h", "w[j] > 0 &&", "w[j] >= 0 &&", "posterior"),
+    "weights any factor apart are allowed": (
+        "lace_posterior.h",
+        "if (largest > smallest * FARTHEST_WEIGHTS) return LACE_OPTION;",
+        "",
+        "posterior",
+    ),
     "the last values are not added": ("lace_rows.h", "add_to_lanes(lanes, e + j, count - j);", "", "sum"),
 }
 

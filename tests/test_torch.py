@@ -45,16 +45,14 @@ def test_gradients_and_their_gradients_match_finite_differences(target, reductio
 @each_precision
 @pytest.mark.parametrize("above", [1, 3])
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_the_short_way_of_the_usual_call_has_the_bits_of_the_long_way(dtype, above, create_graph):
-    results, ways = [], []
+def test_weights_of_1_change_no_bit(dtype, above, create_graph):
+    results = []
     for weight in (None, torch.ones(5, dtype=dtype)):
         input = leaf(dtype)
         loss = lace_loss(input, CLASSES, weight, strength=0.7)
         (gradient,) = torch.autograd.grad(above * loss, input, create_graph=create_graph)
         second = torch.autograd.grad(gradient.square().sum(), input) if create_graph else ()
-        ways.append(loss.grad_fn.name())
         results.append((loss, lace_loss(input.detach(), CLASSES, weight, strength=0.7), gradient, *second))
-    assert ways == ["_UsualBackward", "_KernelBackward"]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
