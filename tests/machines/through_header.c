@@ -219,8 +219,17 @@ static int work(void)
     if (factors == 0) factor[0] = 1;
     if (reduction != 'n') factor[0] = (REAL)((double)factor[0] / divisor);
     const size_t step = factors > 1;
-    NAME(lace_args) args = {.loss = loss, .gradient = gradient, .logits = z, .target = target, .soft_target = y,
-                            .scale = factor, .scale_step = step, .n = samples, .k = classes, .options = &options};
+    static NAME(lace_args) args; /* compilers clear a local one by memset, which is not there without libc */
+    args.loss = loss;
+    args.gradient = gradient;
+    args.logits = z;
+    args.target = target;
+    args.soft_target = y;
+    args.scale = factor;
+    args.scale_step = step;
+    args.n = samples;
+    args.k = classes;
+    args.options = &options;
     if (inner == 1) {
         if (NAME(lace_rows)(&args) != LACE_DONE) return 0;
     } else {
