@@ -163,7 +163,7 @@ static inline void soft_columns(Sums *sums, const Job *job, size_t i, size_t cou
         sums->sum_others.low[r] = soft.a.low[r] = soft.ad.low[r] = soft.ae.low[r] = soft.aed.low[r] = zero;
         const size_t c = job->soft_target ? 0 : class_of(job, i + r);
         t[r] = c == k ? (Bits)-1 : (Bits)c;
-        top[r] = 0;
+        top[r] = (Bits)zero;
         sums->max[r] = plane_of(job, i, 0)[r] - zero;
         soft.scale[r] = job->scale ? job->scale[(i + r) * job->scale_step] : 1;
     }

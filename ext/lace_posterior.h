@@ -39,10 +39,15 @@ static inline Pair slope_of(Pair r, Pair q, Pair n, Real strength)
 static void top_shares(Shares *restrict x, const Sums *restrict sums, const Real *restrict w_top, Real strength,
                        size_t count)
 {
+    const Real zero = opaque_zero(); /* taken off, it changes nothing, and is no copy */
     for (size_t r = 0; r < count; r++) {
-        const Pair inverse = load_pair(&sums->inverse, r), log_sum = load_pair(&sums->log_sum, r), w = {w_top[r], 0};
-        const Pair rest = unscaled(multiply(load_pair(&sums->sum_others, r), inverse));
-        x->max[r] = sums->max[r];
+        Pair inverse = load_pair(&sums->inverse, r), log_sum = load_pair(&sums->log_sum, r);
+        inverse.high -= zero;
+        inverse.low -= zero;
+        log_sum.high -= zero;
+        log_sum.low -= zero;
+        const Pair w = {w_top[r], 0}, rest = unscaled(multiply(load_pair(&sums->sum_others, r), inverse));
+        x->max[r] = sums->max[r] - zero;
         store_pair(&x->inverse, r, inverse);
         store_pair(&x->log_sum, r, log_sum);
         store_pair(&x->share, r, multiply(w, slope_of(rest, inverse, log_sum, strength)));
@@ -171,7 +176,7 @@ static inline void posterior_columns(Sums *sums, const Job *job, const Model *m,
     Bits top[BATCH];
     Shares x;
     for (size_t r = 0; r < count; r++) {
-        top[r] = 0;
+        top[r] = (Bits)zero;
         sums->max[r] = plane_of(job, i, 0)[r] - zero;
         sums->sum_others.high[r] = sums->sum_others.low[r] = zero;
     }

@@ -110,7 +110,7 @@ def test_a_confidence_that_is_no_number_of_a_bin_is_bounded(monkeypatch):
         n = target.size
         return np.zeros(n, z.dtype), np.zeros(n, z.dtype), np.array([np.nan, 2.0, -1.0, 0.0], z.dtype), np.zeros(n, int)
 
-    monkeypatch.setattr(ext.evaluation, "_described", described)
+    monkeypatch.setattr(ext.evaluation, "_loss_and_statistics", described)
     with np.errstate(invalid="ignore"):
         found = ext.evaluate(np.zeros((4, 3)), [0, 1, 2, 0])
     assert sum(found.bins["count"]) == 4
@@ -434,7 +434,7 @@ def test_a_system_without_another_thread_leaves_the_work_to_the_caller(monkeypat
     z, y = random.normal(size=(4096, 200)).astype(np.float32), random.integers(0, 200, 4096)
     expected = ext.forward_backward(z, y, threads=1)
     monkeypatch.setattr(threading.Thread, "start", none)
-    monkeypatch.setattr(ext, "_pool", None)
+    monkeypatch.setattr(ext.threads, "_pool", None)
     loss, gradient = ext.forward_backward(z, y, threads=4)
     assert loss == expected[0] and np.array_equal(gradient, expected[1])
     monkeypatch.undo()
