@@ -3,6 +3,7 @@
 from .arrays import Options, backward, forward, forward_backward
 from .binary import binary_backward, binary_forward, binary_forward_backward
 from .evaluation import Evaluation, Tally, evaluate
+from .posterior import posterior
 
 __all__ = [
     "Evaluation",
@@ -15,4 +16,5 @@ __all__ = [
     "evaluate",
     "forward",
     "forward_backward",
+    "posterior",
 ]

@@ -63,3 +63,21 @@ class BinaryCall:
     ) -> None: ...
     def run(self, start: int, stop: int) -> int: ...
     def reduce(self, out: Address) -> None: ...
+
+class PosteriorCall:
+    n: int
+    k: int
+    def __init__(
+        self,
+        posterior: Address,
+        logits: Address,
+        weight: Address | None,
+        n: int,
+        k: int,
+        plane_size: int,
+        row_stride: int,
+        size: int,
+        label_smoothing: float,
+        strength: float,
+    ) -> None: ...
+    def run(self, start: int, stop: int) -> int: ...

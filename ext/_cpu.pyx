@@ -86,8 +86,25 @@ cdef extern from "lace.h" nogil:
         size_t scale_step, n, k, first
         double strength
 
+    ctypedef struct lace_posterior_f32:
+        float *posterior
+        const float *logits
+        size_t n, k
+        ptrdiff_t logits_stride
+        size_t posterior_stride
+        const lace_options_f32 *options
+
+    ctypedef struct lace_posterior_f64:
+        double *posterior
+        const double *logits
+        size_t n, k
+        ptrdiff_t logits_stride
+        size_t posterior_stride
+        const lace_options_f64 *options
+
     enum:
         LACE_NULL
+        LACE_OPTION
 
     void lace_sum_f32(double *sum, const float *values, size_t n)
     void lace_sum_f64(double *sum, const double *values, size_t n)
@@ -102,6 +119,10 @@ cdef extern from "lace_builds.h" nogil:
         int64_t (*columns_f64)(const lace_args_f64 *) noexcept nogil
         int64_t (*binary_f32)(const lace_binary_args_f32 *) noexcept nogil
         int64_t (*binary_f64)(const lace_binary_args_f64 *) noexcept nogil
+        int64_t (*posterior_rows_f32)(const lace_posterior_f32 *) noexcept nogil
+        int64_t (*posterior_columns_f32)(const lace_posterior_f32 *) noexcept nogil
+        int64_t (*posterior_rows_f64)(const lace_posterior_f64 *) noexcept nogil
+        int64_t (*posterior_columns_f64)(const lace_posterior_f64 *) noexcept nogil
 
     const lace_build *lace_builds(size_t *count)
 
@@ -557,3 +578,76 @@ cdef class BinaryCall:
             else:
                 (<double *> to)[0] = sum[0]
             lace_restore_arithmetic(mode)
+
+
+cdef class PosteriorCall:
+    """n rows of k logits, or with `plane_size` the columns of images as in KernelCall, and where their class probabilities
+    go: the arguments of lace_posterior_rows_f32 or _f64, or of the columns. The results lie side by side.
+    """
+
+    cdef object owners  # of the memory: an interrupt may end the caller while another thread still runs the call
+    cdef lace_options_f32 options_f32
+    cdef lace_options_f64 options_f64
+    cdef Bytes posterior, logits
+    cdef readonly size_t n, k
+    cdef size_t size, plane_size
+    cdef ptrdiff_t row_stride  # in values
+
+    def __init__(self, posterior, logits, weight, size_t n, size_t k, size_t plane_size, Py_ssize_t row_stride, size_t size,
+                 double label_smoothing, double strength):
+        cdef void *w = address(weight, TO_READ)
+        cdef unsigned long long mode
+        self.owners = (posterior, logits, weight)
+        self.posterior = <Bytes> address(posterior, TO_WRITE)
+        self.logits = <Bytes> address(logits, PyBUF_STRIDES)
+        self.n, self.k, self.plane_size, self.size = n, k, plane_size, size
+        self.row_stride = row_stride // <ptrdiff_t> size
+        with nogil:
+            mode = lace_default_arithmetic()
+            self.options_f32 = lace_options_f32(<float *> w, label_smoothing, strength, 0)
+            self.options_f64 = lace_options_f64(<double *> w, label_smoothing, strength, 0)
+            lace_restore_arithmetic(mode)
+
+    def run(self, size_t start, size_t stop):
+        """Rows start to stop; -1, as no row is wrong.
+
+        Raises ValueError for weights that are too far apart, and where the kernel misses an address.
+        """
+        cdef unsigned long long mode
+        cdef size_t end = stop
+        cdef int64_t status = 0
+        with nogil:
+            mode = lace_default_arithmetic()
+            while start < stop and status == 0:
+                if self.plane_size:
+                    end = min(stop, start - start % self.plane_size + self.plane_size)
+                status = self.run_block(start, end - start)
+                start = end
+            lace_restore_arithmetic(mode)
+        if status == LACE_OPTION:
+            apart = "2^60" if self.size == 4 else "2^800"
+            raise ValueError(f"weights must be no more than a factor of {apart} apart for a posterior, "
+                             "and in the logits' type positive and finite")
+        if status:
+            raise ValueError(
+                "an array is missing" if status == LACE_NULL
+                else "there is no class, rows overlap, or there are more values than memory has"
+            )
+        return -1
+
+    cdef int64_t run_block(self, size_t start, size_t n) noexcept nogil:
+        cdef lace_posterior_f32 f32
+        cdef lace_posterior_f64 f64
+        cdef ptrdiff_t z = <ptrdiff_t> start * self.row_stride
+        cdef size_t p = start * self.k
+        cdef ptrdiff_t stride = self.row_stride
+        if self.plane_size:  # the image, and the place in its planes
+            z = p = start // self.plane_size * self.plane_size * self.k + start % self.plane_size
+            stride = self.plane_size
+        if self.size == 4:
+            f32 = lace_posterior_f32(<float *> self.posterior + p, <float *> self.logits + z, n, self.k, stride,
+                                     self.plane_size, &self.options_f32)
+            return build.posterior_columns_f32(&f32) if self.plane_size else build.posterior_rows_f32(&f32)
+        f64 = lace_posterior_f64(<double *> self.posterior + p, <double *> self.logits + z, n, self.k, stride,
+                                 self.plane_size, &self.options_f64)
+        return build.posterior_columns_f64(&f64) if self.plane_size else build.posterior_rows_f64(&f64)

@@ -153,7 +153,7 @@ def call_kernel(
             raise ValueError(f"a floating target must have the logits' shape {logits.shape}, got {y.shape}")
         if ignore_index >= 0:
             raise ValueError(f"ignore_index must be negative for a floating target, got {ignore_index}")
-        probability = _classes_last(as_numbers("target", y, dtype))
+        probability = classes_last(as_numbers("target", y, dtype))
     elif kind in "iu":
         if y.shape != shape:
             raise ValueError(f"an integer target must have shape {shape} for logits of {logits.shape}, got {y.shape}")
@@ -177,14 +177,14 @@ def call_kernel(
     if planes:
         z = np.asarray(logits, order="C")
     elif apart is None or ndim != 2:
-        z, apart = _classes_last(logits), classes * size
+        z, apart = classes_last(logits), classes * size
     rows = row_grad_outputs = None
     factor = 1.0
     if gradient is not None:
         if ndim == 2 or planes:
             rows = gradient if gradient.flags.c_contiguous else np.ascontiguousarray(gradient)
         else:
-            rows = _classes_last(gradient)
+            rows = classes_last(gradient)
         if type(grad_output) is float:
             factor = grad_output
         else:
@@ -277,7 +277,7 @@ def as_logits(values: ArrayLike) -> Array:
     return logits.astype(dtype)
 
 
-def _classes_last(x: Array) -> Array:
+def classes_last(x: Array) -> Array:
     """(C,), (N, C) or (N, C, d1, ...) as contiguous (M, C), without a copy where possible."""
     if x.ndim == 2:
         return np.asarray(x, order="C")

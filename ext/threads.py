@@ -14,7 +14,7 @@ LOGITS_WORTH_A_THREAD = 1 << 17
 WORTH_THREADS = 2 * LOGITS_WORTH_A_THREAD  # asked before `in_threads` is called, which takes 0.3 us of a call's 5
 
 
-def in_threads(job: _cpu.KernelCall | _cpu.BinaryCall, threads: int | None) -> int:
+def in_threads(job: _cpu.KernelCall | _cpu.BinaryCall | _cpu.PosteriorCall, threads: int | None) -> int:
     """Run the job; the first row whose class does not exist, or -1."""
     parts = job.n * job.k // LOGITS_WORTH_A_THREAD
     if parts < 2 or (parts := min(threads or os.cpu_count() or 1, parts)) < 2:

@@ -29,8 +29,9 @@ from . import cpu, gpu
 from .call import Call, check_target, describe, is_being_traced, is_ordinary
 from .composite import composite
 from .composite import statistics as composite_statistics
+from .posterior import posterior
 
-__all__ = ["BinaryLACELoss", "LACELoss", "binary_lace_loss", "check_target", "lace_loss"]
+__all__ = ["BinaryLACELoss", "LACELoss", "binary_lace_loss", "check_target", "lace_loss", "posterior"]
 
 
 @overload
@@ -289,6 +290,18 @@ class LACELoss(_WeightedLoss):
             normalizer=normalizer,
             statistics=statistics,
         )
+
+    def posterior(self, input: Tensor) -> Tensor:
+        """The class probabilities that logits of a model trained with this loss stand for: see `posterior`.
+
+        Examples
+        --------
+            >>> import torch
+            >>> from lace_loss.ext.torch import LACELoss
+            >>> print(LACELoss(strength=0.0).posterior(torch.tensor([0.0, 2.0])))  # cross entropy's are the softmax
+            tensor([0.1192, 0.8808])
+        """
+        return posterior(input, self.weight, self.label_smoothing, strength=self.strength)
 
     if TYPE_CHECKING:
         __call__ = forward  # what a module's call returns; torch says Any
