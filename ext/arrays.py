@@ -76,14 +76,11 @@ def forward_backward(
     gradient = writable(out, z, (z, target, grad_output, options.get("weight")))
     threads = as_threads(threads)
     loss = call_kernel(z, target, gradient, grad_output, threads, **options)
-    if out is None or out is gradient:
-        return loss, gradient
-    out[...] = gradient
-    return loss, out
+    return loss, delivered(out, gradient)
 
 
 def writable(out: Array | None, z: Array, inputs: tuple[ArrayLike | None, ...]) -> Array:
-    """What the gradient of logits z is written to: `out`, or an array that is copied there."""
+    """What a result of the shape of logits z is written to: `out`, or an array that `delivered` copies there."""
     if out is None:
         return np.empty(z.shape, z.dtype)
     if not isinstance(out, np.ndarray):
@@ -101,6 +98,14 @@ def writable(out: Array | None, z: Array, inputs: tuple[ArrayLike | None, ...]) 
         if np.may_share_memory(out, values) and _share(out, np.asarray(values)):
             raise ValueError("out shares memory with an input")
     return out if flags.aligned else np.empty(z.shape, z.dtype)
+
+
+def delivered(out: Array | None, written: Array) -> Array:
+    """What the caller receives, of what was written to an array of `writable`."""
+    if out is None or out is written:
+        return written
+    out[...] = written
+    return out
 
 
 def as_threads(value: int | None) -> int | None:
@@ -133,7 +138,7 @@ def call_kernel(
     ndim = len(whole_shape)
     axis = 1 if ndim > 1 else 0
     if ndim == 0 or whole_shape[axis] == 0:
-        raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {whole_shape}")
+        raise no_classes(whole_shape)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if type(label_smoothing) is not float or not 0.0 <= label_smoothing <= 1.0:
@@ -143,9 +148,7 @@ def call_kernel(
     classes = whole_shape[axis]
     n = logits.size // classes
     shape = whole_shape[:1] if ndim == 2 else whole_shape[:axis] + whole_shape[axis + 1 :]
-    w = None if weight is None else as_numbers("weight", weight, dtype)
-    if w is not None and w.shape != (classes,):
-        raise ValueError(f"weight must have one value for each of the {classes} classes, got shape {w.shape}")
+    w = None if weight is None else as_weight(weight, classes, dtype)
 
     indices, probability, kind = None, None, y.dtype.kind
     if kind == "f":
@@ -168,52 +171,89 @@ def call_kernel(
     else:
         raise TypeError(f"target must hold integers (classes) or floats (probabilities), got {y.dtype}")
 
-    # Images whose classes do not come last are worked on plane by plane where the kernel can.
     hard = indices is not None and label_smoothing == 0 and statistics is None
-    z, size = logits, dtype.itemsize
-    apart = row_stride(whole_shape, logits.strides, size)
-    planes = ndim > 2 and hard and apart is None
-    plane_size = n // max(1, len(logits)) if planes else 0
-    if planes:
-        z = np.asarray(logits, order="C")
-    elif apart is None or ndim != 2:
-        z, apart = classes_last(logits), classes * size
+    z, apart, plane_size = laid_out(logits, hard)
     rows = row_grad_outputs = None
     factor = 1.0
     if gradient is not None:
-        if ndim == 2 or planes:
-            rows = gradient if gradient.flags.c_contiguous else np.ascontiguousarray(gradient)
-        else:
-            rows = classes_last(gradient)
+        rows = rows_of(gradient, plane_size)
         if type(grad_output) is float:
             factor = grad_output
         else:
-            g = as_numbers("grad_output", grad_output, dtype if reduction == "none" else FLOAT64)
-            if g.ndim == 0:
-                factor = float(g)
-            elif g.shape == shape and reduction == "none":
-                row_grad_outputs = g
-            else:
-                rule = f"be a number or have the loss's shape {shape}" if reduction == "none" else "be a number"
-                raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
+            factor, row_grad_outputs = as_grad_output(grad_output, shape, reduction, dtype)
     loss = np.empty(shape if reduction == "none" else (), dtype)
     losses = loss if reduction == "none" else None
     divisor = None if reduction == "mean" else 1.0
     call = _cpu.KernelCall(
         *(losses, rows, z, indices, probability, w, row_grad_outputs, statistics, n, classes, plane_size),
-        *(apart or 0, size, ignore_index, label_smoothing, strength, divisor, factor),
+        *(apart, dtype.itemsize, ignore_index, label_smoothing, strength, divisor, factor),
     )
     bad_row = call.run(0, n) if logits.size < WORTH_THREADS else in_threads(call, threads)
     if bad_row >= 0:
         raise _no_class(y, [int(i) for i in np.unravel_index(bad_row, shape)], row_offset, classes)
-    if gradient is not None and rows is not None and rows is not gradient and not np.may_share_memory(rows, gradient):
-        if planes:
-            gradient[...] = rows
-        else:
-            np.moveaxis(gradient, axis, -1)[...] = rows.reshape(*shape, classes)
+    if gradient is not None and rows is not None and rows is not gradient:
+        write_back(rows, gradient, plane_size)
     if reduction != "none":
         call.reduce(loss)
     return loss[()]
+
+
+def laid_out(logits: Array, by_planes: bool) -> tuple[Array, int, int]:
+    """The logits as the kernel reads them, a copy where needed; how many bytes apart their rows start; the plane size.
+
+    Images whose classes do not come last are worked on plane by plane, if `by_planes`. Elsewhere the plane size is 0.
+    """
+    ndim = logits.ndim
+    if ndim == 2 and logits.flags.c_contiguous:  # asked first: row_stride takes 4 % of a small call
+        return logits, logits.shape[1] * logits.itemsize, 0
+    apart = row_stride(logits.shape, logits.strides, logits.itemsize)
+    if by_planes and ndim > 2 and apart is None:
+        return np.asarray(logits, order="C"), 0, logits[:1, :1].size
+    if apart is None or ndim != 2:
+        return classes_last(logits), logits.shape[1 if ndim > 1 else 0] * logits.itemsize, 0
+    return logits, apart, 0
+
+
+def rows_of(result: Array, plane_size: int) -> Array:
+    """Where the kernel writes rows or, with a plane size, planes that are to become `result`; see `write_back`."""
+    if result.ndim == 2 or plane_size:
+        return result if result.flags.c_contiguous else np.ascontiguousarray(result)
+    return classes_last(result)
+
+
+def write_back(rows: Array, result: Array, plane_size: int) -> None:
+    """Copy to `result` what `rows_of` gave and the kernel has filled, where that is memory of its own."""
+    if np.may_share_memory(rows, result):
+        return
+    if plane_size:
+        result[...] = rows
+    else:
+        with_classes_last = np.moveaxis(result, 1 if result.ndim > 1 else 0, -1)
+        with_classes_last[...] = rows.reshape(with_classes_last.shape)
+
+
+def as_grad_output(
+    grad_output: ArrayLike, shape: tuple[int, ...], reduction: str, dtype: np.dtype[Any]
+) -> tuple[float, Array | None]:
+    """One factor for the whole gradient, or 1 and a factor for each of the losses, whose shape this is."""
+    g = as_numbers("grad_output", grad_output, dtype if reduction == "none" else FLOAT64)
+    if g.ndim == 0:
+        return float(g), None
+    if g.shape == shape and reduction == "none":
+        return 1.0, g
+    rule = f"be a number or have the loss's shape {shape}" if reduction == "none" else "be a number"
+    raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
+
+
+def as_weight(weight: ArrayLike, classes: int, dtype: np.dtype[Any]) -> Array:
+    w = as_numbers("weight", weight, dtype)
+    if w.shape != (classes,):
+        raise ValueError(f"weight must have one value for each of the {classes} classes, got shape {w.shape}")
+    return w
+
+
+def no_classes(shape: tuple[int, ...]) -> ValueError:
+    return ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {shape}")
 
 
 def _no_class(y: Array, position: list[int], row_offset: int, classes: int) -> IndexError:

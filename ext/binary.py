@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _cpu
-from .arrays import FLOAT64, Array, as_array, as_fraction, as_logits, as_numbers, as_threads, writable
-from .threads import WORTH_THREADS, in_threads
+from .arrays import Array, as_array, as_fraction, as_grad_output, as_logits, as_numbers, as_threads, delivered, writable
+from .threads import in_threads
 
 
 class BinaryOptions(TypedDict, total=False):
@@ -75,10 +75,7 @@ def binary_forward_backward(
     inputs = (z, target, grad_output, options.get("weight"), options.get("pos_weight"))
     gradient = writable(out, z, inputs)
     loss = _run(z, target, gradient, grad_output, as_threads(threads), **options)
-    if out is None or out is gradient:
-        return loss, gradient
-    out[...] = gradient
-    return loss, out
+    return loss, delivered(out, gradient)
 
 
 def _run(
@@ -114,35 +111,26 @@ def _run(
             raise ValueError(f"an integer target must be 0 or 1, target{place or ''} is {y[tuple(place)]}")
         label = np.asarray(y.view(np.uint8) if y.itemsize == 1 else y, np.uint8, order="C")
     w, p, row = _factors(weight, pos_weight, shape, dtype)
-    rows = each = None
-    above = 1.0
+    rows = grad_outputs = None
+    factor = 1.0
     if gradient is not None:
         rows = gradient if gradient.flags.c_contiguous else np.empty(shape, dtype)
         if type(grad_output) is float:
-            above = grad_output
+            factor = grad_output
         else:
-            g = as_numbers("grad_output", grad_output, dtype if reduction == "none" else FLOAT64)
-            if g.ndim == 0:
-                above = float(g)
-            elif g.shape == shape and reduction == "none":
-                each = g
-            else:
-                rule = f"be a number or have the loss's shape {shape}" if reduction == "none" else "be a number"
-                raise ValueError(f"grad_output must {rule}, got shape {g.shape}")
+            factor, grad_outputs = as_grad_output(grad_output, shape, reduction, dtype)
     loss = np.empty(shape if reduction == "none" else (), dtype)
     losses, divisor = loss if reduction == "none" else None, float(size) if reduction == "mean" else 1.0
     logits = np.asarray(z, order="C")
-    job = _cpu.BinaryCall(
-        *(losses, rows, logits, probability, label, w, p, each, size, row, dtype.itemsize, strength, divisor, above)
+    call = _cpu.BinaryCall(
+        *(losses, rows, logits, probability, label, w, p, grad_outputs, size, row),
+        *(dtype.itemsize, strength, divisor, factor),
     )
-    if size < WORTH_THREADS:
-        job.run(0, job.n)
-    else:
-        in_threads(job, threads)
+    in_threads(call, threads)
     if gradient is not None and rows is not gradient:
         gradient[...] = rows
     if reduction != "none":
-        job.reduce(loss)
+        call.reduce(loss)
     return loss[()]
 
 

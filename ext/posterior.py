@@ -6,9 +6,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _cpu
-from .arrays import Array, as_fraction, as_logits, as_numbers, as_threads, classes_last, writable
-from .layout import row_stride
-from .threads import WORTH_THREADS, in_threads
+from .arrays import (
+    Array,
+    as_fraction,
+    as_logits,
+    as_threads,
+    as_weight,
+    delivered,
+    laid_out,
+    no_classes,
+    rows_of,
+    writable,
+    write_back,
+)
+from .threads import in_threads
 
 
 def posterior(
@@ -48,45 +59,20 @@ def posterior(
     z = as_logits(logits)
     axis = 1 if z.ndim > 1 else 0
     if z.ndim == 0 or z.shape[axis] == 0:
-        raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {z.shape}")
+        raise no_classes(z.shape)
     classes = z.shape[axis]
     label_smoothing, strength = as_fraction("label_smoothing", label_smoothing), as_fraction("strength", strength)
     if label_smoothing == 1:
         raise ValueError("label_smoothing must be less than 1 for a posterior: with 1.0 no loss depends on the class")
-    w = None if weight is None else as_numbers("weight", weight, z.dtype)
-    if w is not None:
-        if w.shape != (classes,):
-            raise ValueError(f"weight must have one value for each of the {classes} classes, got shape {w.shape}")
-        for k in np.flatnonzero(~((w > 0) & np.isfinite(w))):
-            raise ValueError(f"weight must be positive and finite for a posterior, weight[{k}] is {w[k]}")
+    w = None if weight is None else as_weight(weight, classes, z.dtype)
+    if w is not None and len(refused := np.flatnonzero(~((w > 0) & np.isfinite(w)))):
+        k = refused[0]
+        raise ValueError(f"weight must be positive and finite for a posterior, weight[{k}] is {w[k]}")
     threads = as_threads(threads)
     result = writable(out, z, (z, weight))
-
-    n, size = z.size // classes, z.dtype.itemsize
-    apart = row_stride(z.shape, z.strides, size)
-    planes = z.ndim > 2 and apart is None
-    rows = (
-        result
-        if result.flags.c_contiguous and (planes or z.ndim <= 2)
-        else np.empty(z.shape if planes else (n, classes), z.dtype)
-    )
-    source = np.asarray(z, order="C") if planes else z
-    if not planes and (apart is None or z.ndim != 2):
-        source, apart = classes_last(z), classes * size
-    plane_size = n // max(1, len(z)) if planes else 0
-    call = _cpu.PosteriorCall(
-        rows, source, w, n, classes, plane_size, apart or 0, size, float(label_smoothing), float(strength)
-    )
-    if z.size < WORTH_THREADS:
-        call.run(0, n)
-    else:
-        in_threads(call, threads)
-    if rows is not result:
-        if planes:
-            result[...] = rows
-        else:
-            np.moveaxis(result, axis, -1)[...] = rows.reshape(np.moveaxis(result, axis, -1).shape)
-    if out is None or out is result:
-        return result
-    out[...] = result
-    return out
+    source, apart, plane_size = laid_out(z, by_planes=True)
+    rows = rows_of(result, plane_size)
+    sizes = (z.size // classes, classes, plane_size, apart, z.dtype.itemsize)
+    in_threads(_cpu.PosteriorCall(rows, source, w, *sizes, label_smoothing, strength), threads)
+    write_back(rows, result, plane_size)
+    return delivered(out, result)
