@@ -274,6 +274,23 @@ cdef void advance(Args *args, size_t rows, ptrdiff_t logits, size_t gradient) no
         args.confidence += rows
 
 
+cdef size_t block_end(size_t start, size_t stop, size_t plane_size) noexcept nogil:
+    """All rows at once, or of images the columns of each."""
+    return min(stop, start - start % plane_size + plane_size) if plane_size else stop
+
+
+cdef size_t column(size_t start, size_t plane_size, size_t k) noexcept nogil:
+    """Where column `start` of images begins: the image, and the place in its planes."""
+    return start // plane_size * plane_size * k + start % plane_size
+
+
+cdef object refusal(int64_t status):
+    return ValueError(
+        "an array is missing" if status == LACE_NULL
+        else "there is no class, rows overlap, or there are more values than memory has"
+    )
+
+
 cdef class KernelCall:
     """n rows of k logits, and what is to be known of them: the arguments of lace_rows_f32 or _f64.
 
@@ -387,19 +404,15 @@ cdef class KernelCall:
             status = self.run_blocks(start, stop)
             lace_restore_arithmetic(mode)
         if status < 0:
-            raise ValueError(
-                "an array is missing" if status == LACE_NULL
-                else "there is no class, rows overlap, or there are more values than memory has"
-            )
+            raise refusal(status)
         return status - 1
 
     cdef int64_t run_blocks(self, size_t start, size_t stop) noexcept nogil:
-        """All rows at once, or of images the columns of each; what lace.h says."""
-        cdef size_t end = stop
+        """What lace.h says."""
+        cdef size_t end
         cdef int64_t status = 0
         while start < stop and status == 0:
-            if self.plane_size:
-                end = min(stop, start - start % self.plane_size + self.plane_size)
+            end = block_end(start, stop, self.plane_size)
             status = self.run_block(start, end - start)
             start = end
         return status
@@ -410,8 +423,8 @@ cdef class KernelCall:
         cdef ptrdiff_t logits = <ptrdiff_t> start * self.row_stride
         cdef size_t gradient = start * self.k
         cdef int64_t status
-        if self.plane_size:  # the image, and the place in its planes
-            logits = gradient = start // self.plane_size * self.plane_size * self.k + start % self.plane_size
+        if self.plane_size:
+            logits = gradient = column(start, self.plane_size, self.k)
         if self.size == 4:
             f32 = self.f32
             f32.n = n
@@ -614,13 +627,12 @@ cdef class PosteriorCall:
         Raises ValueError for weights that are too far apart, and where the kernel misses an address.
         """
         cdef unsigned long long mode
-        cdef size_t end = stop
+        cdef size_t end
         cdef int64_t status = 0
         with nogil:
             mode = lace_default_arithmetic()
             while start < stop and status == 0:
-                if self.plane_size:
-                    end = min(stop, start - start % self.plane_size + self.plane_size)
+                end = block_end(start, stop, self.plane_size)
                 status = self.run_block(start, end - start)
                 start = end
             lace_restore_arithmetic(mode)
@@ -629,10 +641,7 @@ cdef class PosteriorCall:
             raise ValueError(f"weights must be no more than a factor of {apart} apart for a posterior, "
                              "and in the logits' type positive and finite")
         if status:
-            raise ValueError(
-                "an array is missing" if status == LACE_NULL
-                else "there is no class, rows overlap, or there are more values than memory has"
-            )
+            raise refusal(status)
         return -1
 
     cdef int64_t run_block(self, size_t start, size_t n) noexcept nogil:
@@ -641,8 +650,8 @@ cdef class PosteriorCall:
         cdef ptrdiff_t z = <ptrdiff_t> start * self.row_stride
         cdef size_t p = start * self.k
         cdef ptrdiff_t stride = self.row_stride
-        if self.plane_size:  # the image, and the place in its planes
-            z = p = start // self.plane_size * self.plane_size * self.k + start % self.plane_size
+        if self.plane_size:
+            z = p = column(start, self.plane_size, self.k)
             stride = self.plane_size
         if self.size == 4:
             f32 = lace_posterior_f32(<float *> self.posterior + p, <float *> self.logits + z, n, self.k, stride,
