@@ -144,6 +144,24 @@ static inline void add_class(Few *restrict few, Pairs *restrict others, Real *re
     }
 }
 
+/* The largest logit of each column, and the first class that has it. */
+static inline void top_of_columns(Sums *sums, Bits *restrict top, const Job *job, size_t i, size_t count)
+{
+    const Real zero = opaque_zero();
+    for (size_t r = 0; r < count; r++) {
+        top[r] = (Bits)zero;
+        sums->max[r] = plane_of(job, i, 0)[r] - zero;
+    }
+    for (size_t j = 1; j < job->k; j++) {
+        const Real *z = plane_of(job, i, j);
+        for (size_t r = 0; r < count; r++) {
+            const int larger = z[r] > sums->max[r];
+            sums->max[r] = larger ? z[r] : sums->max[r];
+            top[r] = larger ? (Bits)j : top[r];
+        }
+    }
+}
+
 /* As hard_columns, for targets that give every class a coefficient. */
 static inline void soft_columns(Sums *sums, const Job *job, size_t i, size_t count)
 {
@@ -163,18 +181,9 @@ static inline void soft_columns(Sums *sums, const Job *job, size_t i, size_t cou
         sums->sum_others.low[r] = soft.a.low[r] = soft.ad.low[r] = soft.ae.low[r] = soft.aed.low[r] = zero;
         const size_t c = job->soft_target ? 0 : class_of(job, i + r);
         t[r] = c == k ? (Bits)-1 : (Bits)c;
-        top[r] = (Bits)zero;
-        sums->max[r] = plane_of(job, i, 0)[r] - zero;
         soft.scale[r] = job->scale ? job->scale[(i + r) * job->scale_step] : 1;
     }
-    for (size_t j = 1; j < k; j++) {
-        const Real *z = plane_of(job, i, j);
-        for (size_t r = 0; r < count; r++) {
-            const int larger = z[r] > sums->max[r];
-            sums->max[r] = larger ? z[r] : sums->max[r];
-            top[r] = larger ? (Bits)j : top[r];
-        }
-    }
+    top_of_columns(sums, top, job, i, count);
     for (size_t j = 0; j < k; j++) {
         const Real *z = plane_of(job, i, j);
         plane_exponentials(e + j * e_stride, z, sums->max, count);

@@ -167,6 +167,17 @@ int64_t NAME(lace_posterior_rows)(const PosteriorArgs *args)
     return LACE_DONE;
 }
 
+/* As row_probabilities, of columns side by side, each with its scale. */
+static inline void plane_probabilities(Real *restrict p, const Job *job, const Pairs *restrict scale, Real spread,
+                                       size_t count)
+{
+    for (size_t j = 0; j < job->k; j++)
+        for (size_t r = 0; r < count; r++) {
+            Real *at = &p[j * job->gradient_stride + r];
+            *at = probability_of(*at, load_pair(scale, r), spread);
+        }
+}
+
 static inline void posterior_columns(Sums *sums, const Job *job, const Model *m, size_t i, size_t count)
 {
     const size_t k = job->k, stride = job->gradient_stride;
@@ -175,19 +186,8 @@ static inline void posterior_columns(Sums *sums, const Job *job, const Model *m,
     Real *p = job->gradient + i, w_top[BATCH];
     Bits top[BATCH];
     Shares x;
-    for (size_t r = 0; r < count; r++) {
-        top[r] = (Bits)zero;
-        sums->max[r] = plane_of(job, i, 0)[r] - zero;
-        sums->sum_others.high[r] = sums->sum_others.low[r] = zero;
-    }
-    for (size_t j = 1; j < k; j++) {
-        const Real *z = plane_of(job, i, j);
-        for (size_t r = 0; r < count; r++) {
-            const int larger = z[r] > sums->max[r];
-            sums->max[r] = larger ? z[r] : sums->max[r];
-            top[r] = larger ? (Bits)j : top[r];
-        }
-    }
+    top_of_columns(sums, top, job, i, count);
+    for (size_t r = 0; r < count; r++) sums->sum_others.high[r] = sums->sum_others.low[r] = zero;
     for (size_t j = 0; j < k; j++) {
         Real *e = p + j * stride;
         plane_exponentials(e, plane_of(job, i, j), sums->max, count);
@@ -217,18 +217,14 @@ static inline void posterior_columns(Sums *sums, const Job *job, const Model *m,
     }
     renormalize(&x.scale, count);
     for (size_t r = 0; r < count; r++) store_pair(&x.scale, r, share_scale(load_pair(&x.scale, r), x.max[r]));
-    for (size_t j = 0; j < k; j++)
-        for (size_t r = 0; r < count; r++)
-            p[j * stride + r] = probability_of(p[j * stride + r], load_pair(&x.scale, r), spread);
+    plane_probabilities(p, job, &x.scale, spread, count);
     if (!(spread > 0)) return;
     for (size_t r = 0; r < count; r++) x.scale.high[r] = x.scale.low[r] = zero;
     for (size_t j = 0; j < k; j++)
         for (size_t r = 0; r < count; r++) add_to_pair(&x.scale, r, p[j * stride + r]);
     renormalize(&x.scale, count);
     for (size_t r = 0; r < count; r++) store_pair(&x.scale, r, divide(one, load_pair(&x.scale, r)));
-    for (size_t j = 0; j < k; j++)
-        for (size_t r = 0; r < count; r++)
-            p[j * stride + r] = probability_of(p[j * stride + r], load_pair(&x.scale, r), 0);
+    plane_probabilities(p, job, &x.scale, 0, count);
 }
 
 int64_t NAME(lace_posterior_columns)(const PosteriorArgs *args)
