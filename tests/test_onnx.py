@@ -8,7 +8,7 @@ import torch
 from test_backends import Rows, values
 
 from lace_loss import ref
-from lace_loss.ext.torch import LACELoss, lace_loss
+from lace_loss.ext.torch import BinaryLACELoss, LACELoss, lace_loss
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -94,3 +94,25 @@ def test_the_golden_vectors_hold_in_onnxruntime_and_so_do_statistics(way, dtype)
     names = [node.name for node in session.get_inputs()]
     results = session.run(None, dict(zip(names, map(torch.Tensor.numpy, tensors), strict=True)))
     rows.assert_hold(dict(zip(function(*tensors), results, strict=True)))
+
+
+class Posterior(torch.nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, input):
+        return self.loss.posterior(input)
+
+
+@pytest.mark.parametrize(
+    ("loss", "definition"),
+    [(LACELoss(), ref.posterior), (BinaryLACELoss(), ref.binary_posterior)],
+    ids=["classes", "labels"],
+)
+def test_the_class_probabilities_of_confident_samples_keep_their_digits_in_onnxruntime(loss, definition):
+    """As above; a probability's logarithm is about twice the margin."""
+    margins = torch.arange(-40.0, 41.0)
+    logits = torch.nn.functional.pad(margins.unsqueeze(1), (0, 2))
+    got = in_onnxruntime(Posterior(loss), logits)(logits)
+    assert np.allclose(got, definition(logits.numpy()), rtol=4 * 40 * 2.0**-24, atol=0)

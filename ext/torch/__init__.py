@@ -26,7 +26,17 @@ from torch.nn.modules.loss import _WeightedLoss
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import cpu, gpu
-from .call import Call, check_target, describe, is_being_traced, is_ordinary
+from .binary import BinaryLACELoss, binary_lace_loss
+from .call import (
+    Call,
+    check_strength,
+    check_target,
+    describe,
+    is_being_traced,
+    is_ordinary,
+    kinds_of,
+    require_memory,
+)
 from .composite import composite
 from .composite import statistics as composite_statistics
 from .posterior import posterior
@@ -166,12 +176,11 @@ def lace_loss(
     if call is None:
         by_torch = F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
         if input.numel() or statistics:
-            arguments = {"input": input, "target": target, "weight": weight}
-            kinds = [f"{name} {x.dtype} {tuple(x.shape)}" for name, x in arguments.items() if x is not None]
-            raise RuntimeError(f"these do not go together: {', '.join(kinds)}, ignore_index {ignore_index}")
+            kinds = kinds_of(input=input, target=target, weight=weight)
+            raise RuntimeError(f"these do not go together: {kinds}, ignore_index {ignore_index}")
         return by_torch  # no logits, C = 0 among them: nothing for the strength to change
     if call.ordinary and not torch.compiler.is_compiling():
-        _require_memory(*((input, target) if weight is None else (input, target, weight)))
+        require_memory(input, target, weight)
     if statistics and call.probabilities:
         raise ValueError("statistics are of class indices, and the target holds probabilities")
     if input.dim() == target.dim() == 1 and not call.probabilities:
@@ -329,23 +338,9 @@ def _checked(ignore_index: Any, reduction: Any, label_smoothing: Any, strength: 
         raise ValueError(f"ignore_index must fit in 64 bits with a sign, got {ignore_index}")
     if reduction not in ("none", "mean", "sum", "elementwise_mean"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if isinstance(strength, Tensor):
-        raise TypeError("strength must be a number, not a Tensor: the loss has no derivative with respect to it")
-    for name, value in (("label_smoothing", label_smoothing), ("strength", strength)):
-        if type(value) is not float and not isinstance(value, (Real, Tensor)):  # a class's own question takes 1 us
-            raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= label_smoothing <= 1:
+    if type(label_smoothing) is not float and not isinstance(label_smoothing, (Real, Tensor)):
+        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
+    if not 0 <= label_smoothing <= 1:  # type: ignore[operator]
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be in [0, 1], got {strength}")
+    check_strength(strength)
     return ignore_index
-
-
-def _require_memory(*tensors: Tensor) -> None:
-    """Refuse tensors whose storage was given back, which torch's own operations may read all the same."""
-    for x in tensors:
-        if not x.data_ptr() and x.numel() and x.device.type in ("cpu", "cuda"):
-            raise RuntimeError(f"a tensor of shape {tuple(x.shape)} has no storage: its data is not allocated")
-
-
-from .binary import BinaryLACELoss, binary_lace_loss  # noqa: E402, it builds on what is above

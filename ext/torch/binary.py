@@ -12,7 +12,6 @@ kernel takes its place on a CPU and those of `binary_gpu.py` on a GPU.
 from __future__ import annotations
 
 from math import prod
-from numbers import Real
 from typing import Any
 
 import torch
@@ -24,10 +23,20 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _cpu
 from ..binary import row_of
 from ..threads import WORTH_THREADS, in_threads
-from . import _require_memory, cpu, gpu
-from .call import _FLOATING, HALF, _autocast_dtype, has_tangent, is_being_traced, is_ordinary
-from .composite import _loss_of_log_odds, _weighted
-from .second import in_functional_transform
+from . import cpu, gpu
+from .call import (
+    FLOATING,
+    HALF,
+    autocast_dtype,
+    check_strength,
+    has_tangent,
+    is_being_traced,
+    is_ordinary,
+    kinds_of,
+    require_memory,
+)
+from .composite import log_1_plus, loss_of_log_odds, weighted
+from .second import in_functional_transform, input_gradient
 
 Labels = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # input, target, weight, pos_weight
 
@@ -77,12 +86,11 @@ def binary_lace_loss(
     given = (input, target, weight, pos_weight)
     if not _is_well_formed(*given):
         F.binary_cross_entropy_with_logits(input, target, weight, None, None, reduction, pos_weight)
-        names = ("input", "target", "weight", "pos_weight")
-        kinds = [f"{name} {x.dtype} {tuple(x.shape)}" for name, x in zip(names, given, strict=True) if x is not None]
-        raise RuntimeError(f"these do not go together: {', '.join(kinds)}")
+        kinds = kinds_of(input=input, target=target, weight=weight, pos_weight=pos_weight)
+        raise RuntimeError(f"these do not go together: {kinds}")
     tensors = [x for x in given if x is not None]
     if is_ordinary(*tensors) and not torch.compiler.is_compiling():
-        _require_memory(*tensors)
+        require_memory(*tensors)
     options = (reduction, float(strength))
     if not _kernel_applies(*given):
         loss = _composite(*given, *options)
@@ -146,19 +154,14 @@ class BinaryLACELoss(torch.nn.Module):
 def _check(reduction: Any, strength: Any) -> None:
     if reduction not in ("none", "mean", "sum", "elementwise_mean"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
-    if isinstance(strength, Tensor):
-        raise TypeError("strength must be a number, not a Tensor: the loss has no derivative with respect to it")
-    if not isinstance(strength, Real):
-        raise TypeError(f"strength must be a number, got {strength!r}")
-    if not 0 <= float(strength) <= 1:
-        raise ValueError(f"strength must be in [0, 1], got {strength}")
+    check_strength(strength)
 
 
 def _is_well_formed(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> bool:
     for x in (input, target, weight, pos_weight):
         if x is not None and (not isinstance(x, Tensor) or x.layout != torch.strided):
             return False
-    if input.dtype not in _FLOATING or target.dtype not in (*_FLOATING, torch.bool):
+    if input.dtype not in FLOATING or target.dtype not in (*FLOATING, torch.bool):
         return False
     for x in (weight, pos_weight):
         if x is not None and (x.is_complex() or not _broadcasts(x.shape, input.shape)):
@@ -171,9 +174,9 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 
 def _result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
-    if input.dtype == target.dtype and input.dtype in cpu._SCALAR:  # autocast leaves these alone
+    if input.dtype == target.dtype and input.dtype in cpu.SCALAR:  # autocast leaves these alone
         return input.dtype
-    return torch.promote_types(_autocast_dtype(input.dtype, input), _autocast_dtype(target.dtype, input))
+    return torch.promote_types(autocast_dtype(input.dtype, input), autocast_dtype(target.dtype, input))
 
 
 def _working_dtype(input: Tensor, target: Tensor) -> torch.dtype:
@@ -192,7 +195,7 @@ def _kernel_applies(input: Tensor, target: Tensor, weight: Tensor | None, pos_we
     work = _working_dtype(input, target)
     if gpu.on_gpu(input):
         return work == torch.float32 and gpu.triton_supported(input.device)
-    return input.is_cpu and work in cpu._SCALAR
+    return input.is_cpu and work in cpu.SCALAR
 
 
 class _Kernel(torch.autograd.Function):
@@ -216,50 +219,16 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *labels, formed = ctx.saved_tensors
-        given = (*labels, ctx.reduction, ctx.strength)
-        again = torch.is_grad_enabled()
-        if in_functional_transform(grad_output):
-            gradient = _composite_gradient(grad_output, *given, create_graph=again)[0]
-        elif again:
-            gradient = _Gradient.apply(grad_output, *given)
-        elif is_being_traced():
-            gradient = _registered_gradient(grad_output, *given)
-        elif formed is None or not abs(above := grad_output.item()) <= 1:
-            gradient = _gradient(grad_output, *given)  # a subnormal entry of `formed` has few digits left to multiply
-        elif above == 1:
-            gradient = formed.clone() if cpu._is_retained() else formed
+        special = torch.is_grad_enabled() or is_being_traced() or in_functional_transform(grad_output)
+        # A subnormal entry of `formed` has few digits left to multiply by more than 1.
+        if special or formed is None or not abs(factor := grad_output.item()) <= 1:
+            compute = _registered_gradient if is_being_traced() else _gradient
+            gradient = input_gradient(grad_output, compute, _composite, (ctx.reduction, ctx.strength), labels)
+        elif factor == 1:
+            gradient = formed.clone() if cpu.is_retained() else formed
         else:
-            gradient = formed * above
+            gradient = formed * factor
         return gradient, *5 * (None,)
-
-
-class _Gradient(torch.autograd.Function):
-    """`_gradient`, with the composite form's derivatives."""
-
-    @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, *given: Any) -> Tensor:
-        *labels, ctx.reduction, ctx.strength = given
-        ctx.save_for_backward(grad_output, *labels)
-        return (_registered_gradient if is_being_traced() else _gradient)(grad_output, *given)
-
-    @staticmethod
-    def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
-        grad_output, *labels = ctx.saved_tensors
-        again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            seed = grad_output.view_as(grad_output) if grad_output.requires_grad else grad_output
-            gradient, alias = _composite_gradient(seed, *labels, ctx.reduction, ctx.strength, create_graph=True)
-            wanted = [alias, seed] if seed.requires_grad else [alias]
-            by_input, *by_output = torch.autograd.grad(gradient, wanted, vector, create_graph=again)
-        return by_output[0] if by_output else None, by_input, *5 * (None,)
-
-
-def _composite_gradient(grad_output: Tensor, input: Tensor, *others: Any, create_graph: bool) -> tuple[Tensor, Tensor]:
-    """And the alias of the input that it belongs to: hooks of the input itself run once, when the result reaches it."""
-    with torch.enable_grad():
-        alias = input.view_as(input)
-        loss = _composite(alias, *others)
-        return torch.autograd.grad(loss, alias, grad_output, create_graph=create_graph)[0], alias
 
 
 def _loss_like(
@@ -282,9 +251,9 @@ def _loss(
         from . import binary_gpu
 
         return binary_gpu.forward(input, target, *by, row, reduction, strength)
-    job = _call(loss if reduction == "none" else None, None, input, target, by, row, None, reduction, strength, 1.0)
+    call = _call(loss if reduction == "none" else None, None, input, target, by, row, None, reduction, strength, 1.0)
     if reduction != "none":
-        job.reduce(loss)
+        call.reduce(loss)
     return loss
 
 
@@ -300,8 +269,7 @@ def _loss_and_gradient(
 
 def _room(input: Tensor, dtype: torch.dtype) -> Tensor:
     gradient = input.new_empty(input.shape, dtype=dtype)
-    if gradient.numel() >= cpu._LARGE:
-        _cpu.in_large_pages(gradient, gradient.nbytes)
+    cpu.in_large_pages(gradient)
     return gradient
 
 
@@ -320,13 +288,13 @@ def _gradient(
         from . import binary_gpu
 
         return binary_gpu.backward(grad_output, input, target, *by, row, reduction, strength)
-    each, above, dtype = None, 1.0, _working_dtype(input, target)
+    grad_outputs, factor, dtype = None, 1.0, _working_dtype(input, target)
     if reduction == "none":
-        each = _lying(grad_output, dtype)
+        grad_outputs = cpu.as_contiguous(grad_output, dtype)
     else:
-        above = grad_output.item()
+        factor = grad_output.item()
     gradient = _room(input, dtype)
-    _call(None, gradient, input, target, by, row, each, reduction, strength, above)
+    _call(None, gradient, input, target, by, row, grad_outputs, reduction, strength, factor)
     return gradient.to(input.dtype)
 
 
@@ -337,32 +305,24 @@ def _call(
     target: Tensor,
     by: tuple[Tensor | None, Tensor | None],
     row: int,
-    each: Tensor | None,
+    grad_outputs: Tensor | None,
     reduction: str,
     strength: float,
-    above: float,
+    factor: float,
 ) -> _cpu.BinaryCall:
     dtype, count = _working_dtype(input, target), input.numel()
     hard = target.dtype == torch.bool
-    y = _lying(target, torch.bool if hard else dtype)
-    job = _cpu.BinaryCall(
-        *(loss, gradient, _lying(input, dtype), None if hard else y, y if hard else None, *by, each, count, row),
-        *(dtype.itemsize, strength, float(count) if reduction == "mean" else 1.0, above),
+    y = cpu.as_contiguous(target, torch.bool if hard else dtype)
+    labels: tuple[Tensor | None, Tensor | None] = (None, y) if hard else (y, None)
+    call = _cpu.BinaryCall(
+        *(loss, gradient, cpu.as_contiguous(input, dtype), *labels, *by, grad_outputs, count, row),
+        *(dtype.itemsize, strength, float(count) if reduction == "mean" else 1.0, factor),
     )
     if count < WORTH_THREADS:
-        job.run(0, job.n)
+        call.run(0, call.n)
     else:
-        in_threads(job, torch.get_num_threads())
-    return job
-
-
-def _lying(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As C wants it: aligned, of this type, in the order of its indices."""
-    if (
-        x.dtype == dtype and x.is_contiguous() and not x.is_neg() and x.data_ptr() % x.element_size() == 0
-    ):  # asking takes 1 us, not 5
-        return x
-    return cpu._aligned(x).detach().to(dtype).resolve_neg().contiguous()
+        in_threads(call, torch.get_num_threads())
+    return call
 
 
 def _factors(
@@ -374,7 +334,7 @@ def _factors(
     dtype, given = _working_dtype(input, target), (weight, pos_weight)
     row = row_of([tuple(x.shape) for x in given if x is not None], tuple(input.shape))
     w, p = (
-        None if x is None else _lying(x.reshape(x.shape[max(0, x.dim() - len(row)) :]).expand(row), dtype)
+        None if x is None else cpu.as_contiguous(x.reshape(x.shape[max(0, x.dim() - len(row)) :]).expand(row), dtype)
         for x in given
     )
     return (w, p), prod(row)
@@ -399,8 +359,8 @@ def _composite(
         present = present * pos_weight.to(dtype)
     if weight is not None:
         present, absent = present * weight.to(dtype), absent * weight.to(dtype)
-    losses = _weighted(present, _loss_of_log_odds(-z, strength))
-    losses = losses + _weighted(absent, _loss_of_log_odds(z, strength))
+    losses = weighted(present, loss_of_log_odds(-z, strength))
+    losses = losses + weighted(absent, loss_of_log_odds(z, strength))
     if reduction == "none":
         return losses
     return losses.sum() / losses.numel() if reduction == "mean" else losses.sum()
@@ -411,7 +371,7 @@ def _posterior(input: Tensor, pos_weight: Tensor | None, strength: float) -> Ten
     z = input if input.dtype == torch.float64 else input.float()
     size = z.abs()
     e = torch.exp(-size)
-    log, large = torch.log1p(e), 1 / (1 + e)
+    log, large = log_1_plus(e), 1 / (1 + e)
     small = e * large
     n = torch.where(e == 0, 0, size + log)  # e n has its limit 0
     k_top = 1 - strength + strength * (small + large * log)

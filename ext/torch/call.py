@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +11,32 @@ from torch.autograd import forward_ad
 
 HALF = (torch.float16, torch.bfloat16)
 
-_FLOATING = (torch.float32, torch.float64, *HALF)
+FLOATING = (torch.float32, torch.float64, *HALF)
 _INDEX_DTYPES = (torch.int64, torch.uint8, torch.int32, torch.int16, torch.int8)
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
 Options = tuple[int, str, float, float]  # ignore_index, reduction, label_smoothing, strength
+
+
+def check_strength(strength: Any) -> None:
+    if isinstance(strength, Tensor):
+        raise TypeError("strength must be a number, not a Tensor: the loss has no derivative with respect to it")
+    if type(strength) is not float and not isinstance(strength, Real):  # a class's own question takes 1 us
+        raise TypeError(f"strength must be a number, got {strength!r}")
+    if not 0 <= strength <= 1:  # type: ignore[operator]
+        raise ValueError(f"strength must be in [0, 1], got {strength}")
+
+
+def require_memory(*tensors: Tensor | None) -> None:
+    """Refuse tensors whose storage was given back, which torch's own operations may read all the same."""
+    for x in tensors:
+        if x is not None and not x.data_ptr() and x.numel() and x.device.type in ("cpu", "cuda"):
+            raise RuntimeError(f"a tensor of shape {tuple(x.shape)} has no storage: its data is not allocated")
+
+
+def kinds_of(**tensors: Tensor | None) -> str:
+    """Names, dtypes and shapes, for a message."""
+    return ", ".join(f"{name} {x.dtype} {tuple(x.shape)}" for name, x in tensors.items() if x is not None)
 
 
 class Call(NamedTuple):
@@ -41,7 +63,7 @@ def describe(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index:
         if not isinstance(x, Tensor) or x.layout is not torch.strided:
             return None
     shape, target_shape, dtype, target_dtype = input.shape, target.shape, input.dtype, target.dtype
-    if dtype not in _FLOATING or not shape:
+    if dtype not in FLOATING or not shape:
         return None
     axis = 1 if len(shape) > 1 else 0
     probabilities = target.is_floating_point()
@@ -51,14 +73,14 @@ def describe(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index:
         samples = shape[:1] if len(shape) == 2 else shape[:axis] + shape[axis + 1 :]
         fits = (target_shape == samples or len(shape) == len(target_shape) == target.numel() == 1) and (
             target_dtype in _INDEX_DTYPES
-            and (weight is None or _autocast_dtype(weight.dtype, input) == _autocast_dtype(dtype, input))
+            and (weight is None or autocast_dtype(weight.dtype, input) == autocast_dtype(dtype, input))
         )
     if not fits or shape[axis] == 0 or (weight is not None and weight.shape != shape[axis : axis + 1]):
         return None
-    result_dtype = _autocast_dtype(dtype, input)
+    result_dtype = autocast_dtype(dtype, input)
     if probabilities:
         for x in tensors[1:]:
-            result_dtype = torch.promote_types(result_dtype, _autocast_dtype(x.dtype, input))
+            result_dtype = torch.promote_types(result_dtype, autocast_dtype(x.dtype, input))
     ordinary = is_ordinary(*tensors)
     return Call(axis, probabilities, result_dtype, ordinary, ordinary and _kernel_reads(*tensors))
 
@@ -97,7 +119,7 @@ def working_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch
     return torch.float32 if dtype in HALF else dtype
 
 
-def _autocast_dtype(dtype: torch.dtype, input: Tensor) -> torch.dtype:
+def autocast_dtype(dtype: torch.dtype, input: Tensor) -> torch.dtype:
     """Autocast calls cross_entropy with float32 in place of the half types."""
     if dtype not in HALF:
         return dtype

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .call import class_axis, safe_class_index, working_dtype
 
-__all__ = ["composite", "statistics"]
+__all__ = ["class_shape", "composite", "log_1_plus", "loss_of_log_odds", "statistics", "weighted"]
 
 
 def composite(
@@ -31,7 +31,7 @@ def composite(
     axis, dtype = class_axis(input), working_dtype(input, target, weight)
     z, e, classes = input.to(dtype), label_smoothing, input.shape[axis]
     w = z.new_ones(classes) if weight is None else weight.to(dtype)
-    every_w = w.reshape(_class_shape(axis, z))
+    every_w = w.reshape(class_shape(axis, z))
     if target.is_floating_point():
         losses = _loss_of_every_class(z, axis, strength, ((1 - e) * target.to(dtype) + e / classes) * every_w).sum(axis)
         divisor: Tensor | int = losses.numel()
@@ -39,9 +39,9 @@ def composite(
         t, kept, wrong = safe_class_index(target, classes, ignore_index)
         z = z.masked_fill(~kept.unsqueeze(axis), 0)
         w_t = F.embedding(t, w.unsqueeze(1)).squeeze(-1).masked_fill(~kept, 0)  # w[t], also under vmap
-        f = _loss_of_log_odds(_log_odds(z, t, axis), strength)
+        f = loss_of_log_odds(_log_odds(z, t, axis), strength)
         # The sample of a class that does not exist gets NaN as a factor, for its gradient to be NaN, too.
-        losses = _weighted(((1 - e) * w_t).masked_fill(wrong, torch.nan), f)
+        losses = weighted(((1 - e) * w_t).masked_fill(wrong, torch.nan), f)
         if e:
             losses = losses + _loss_of_every_class(z, axis, strength, e / classes * every_w).sum(axis)
         losses = losses.masked_fill(~kept, 0)
@@ -57,11 +57,11 @@ def statistics(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor
     t, kept, wrong = safe_class_index(target, classes, ignore_index)
     u = _log_odds(z, t, axis).masked_fill(wrong, torch.nan)
     t = t.unsqueeze(axis)
-    z_t, j = z.gather(axis, t), torch.arange(classes, device=z.device).reshape(_class_shape(axis, z))
+    z_t, j = z.gather(axis, t), torch.arange(classes, device=z.device).reshape(class_shape(axis, z))
     ahead = (j != t) & ~((z < z_t) | ((z == z_t) & (j > t)))  # NaN counts as larger
     e = (-u.abs()).exp()
     q = torch.where(u < 0, 1, e) / (1 + e)  # a sigmoid is 0 where q is subnormal
-    n, rank = _loss_of_log_odds(u, 0.0), ahead.sum(axis).masked_fill(wrong, classes)
+    n, rank = loss_of_log_odds(u, 0.0), ahead.sum(axis).masked_fill(wrong, classes)
     return n.masked_fill(~kept, 0), q.masked_fill(~kept, 0), rank.masked_fill(~kept, classes)
 
 
@@ -81,16 +81,16 @@ def _loss_of_every_class(z: Tensor, axis: int, strength: float, a: Tensor) -> Te
     others = exp_z.scatter(axis, top, 0).sum(axis, keepdim=True)
     rest = (exp_z.sum(axis, keepdim=True) - exp_z).scatter(axis, top, others)
     tiny = torch.finfo(z.dtype).tiny
-    f = _loss_of_log_odds(torch.where(rest < tiny, tiny, rest).log() - z, strength)
-    return _weighted(a, f)
+    f = loss_of_log_odds(torch.where(rest < tiny, tiny, rest).log() - z, strength)
+    return weighted(a, f)
 
 
-def _weighted(a: Tensor, f: Tensor) -> Tensor:
+def weighted(a: Tensor, f: Tensor) -> Tensor:
     """a f; 0 where an infinite loss has no weight."""
     return a * f.masked_fill(f.isinf() & (a == 0), 0)
 
 
-def _loss_of_log_odds(u: Tensor, strength: float) -> Tensor:
+def loss_of_log_odds(u: Tensor, strength: float) -> Tensor:
     """f(u). From u = 1000 on f(u) = u exactly, and written so the slope stays 1 at u = inf (a logit of -inf).
 
     From e = exp(-|u|), because torch's second derivatives of sigmoid and logsigmoid form 1 - sigmoid, which is 0 from
@@ -98,15 +98,21 @@ def _loss_of_log_odds(u: Tensor, strength: float) -> Tensor:
     """
     v = torch.where(u > 1000, 0, u)
     e = torch.where(v < 0, v, -v).exp()
-    sum = 1 + e
-    lost = (sum - 1 - e).detach()  # exactly what the rounding of the sum added
-    # log(1 + e) by exp and log alone, which every backend has right: ONNX takes log1p literally, Inductor's vectorised
-    # atanh is 0 for small arguments.
-    n = torch.where(v < 0, 0, v) + (sum.log() - lost / sum)
-    r = torch.where(v < 0, e, 1) / sum
+    n = torch.where(v < 0, 0, v) + log_1_plus(e)
+    r = torch.where(v < 0, e, 1) / (1 + e)
     return torch.where(u > 1000, u, (1 - strength + strength * r) * n)
 
 
-def _class_shape(axis: int, z: Tensor) -> list[int]:
+def log_1_plus(x: Tensor) -> Tensor:
+    """log(1 + x) of x >= 0 by log alone, which every backend has right.
+
+    ONNX takes log1p literally, and Inductor's vectorised atanh is 0 for small arguments.
+    """
+    sum = 1 + x
+    lost = (sum - 1 - x).detach()  # exactly what the rounding of the sum added
+    return sum.log() - lost / sum
+
+
+def class_shape(axis: int, z: Tensor) -> list[int]:
     """The shape that broadcasts one value a class over z."""
     return [-1 if i == axis else 1 for i in range(z.dim())]

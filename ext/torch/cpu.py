@@ -11,12 +11,22 @@ from .. import _cpu
 from ..layout import row_stride
 from ..threads import LOGITS_WORTH_A_THREAD, WORTH_THREADS, in_threads
 from .call import HALF, Options, check_target, class_axis, is_being_traced, is_ordinary, kernel_dtype
+from .composite import composite
 from .second import in_functional_transform, input_gradient
 
-__all__ = ["OnCPU", "loss_and_statistics", "registered", "run"]
+__all__ = [
+    "SCALAR",
+    "OnCPU",
+    "as_contiguous",
+    "in_large_pages",
+    "is_retained",
+    "loss_and_statistics",
+    "registered",
+    "run",
+]
 
-_LARGE = 1 << 20  # logits
-_SCALAR = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+LARGE = 1 << 20  # logits
+SCALAR = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 # The loss, the gradient, and of each sample cross entropy, probability and rank; None where it is not asked for.
 Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -57,9 +67,10 @@ class OnCPU(torch.autograd.Function):
         if grad_output is None:
             return None, None, None, None, None
         saved = ctx.saved_tensors
-        special = torch.is_grad_enabled() or is_being_traced() or in_functional_transform(grad_output) or _is_retained()
+        special = torch.is_grad_enabled() or is_being_traced() or in_functional_transform(grad_output) or is_retained()
         if special or saved[3] is None or grad_output.dim() or grad_output.item() != 1:
-            return input_gradient(grad_output, _gradient, ctx.options, saved), None, None, None, None
+            gradient = input_gradient(grad_output, _gradient, composite, ctx.options, saved[:3], saved[3:])
+            return gradient, None, None, None, None
         return saved[3], None, None, None, None  # what input_gradient would return, found 2 us earlier
 
 
@@ -85,7 +96,7 @@ def _gradient(
     traced = is_being_traced()
     if not traced and not grad_output.dim():
         if (value := grad_output.item()) == 1:
-            return gradient.clone() if _is_retained() else gradient
+            return gradient.clone() if is_retained() else gradient
         if -1 <= value <= 1:
             return gradient * value
     axis = class_axis(input)
@@ -98,7 +109,7 @@ def _gradient(
     return gradient * factor
 
 
-def _is_retained() -> bool:
+def is_retained() -> bool:
     """Whether the graph stays after this backward pass, and what is saved in it."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
@@ -122,7 +133,7 @@ def run(
 ) -> Results:
     """What the C kernel makes of these, the gradient multiplied by `grad_output`."""
     dtype = kernel_dtype(input)
-    results = _allocate(input, _SCALAR[dtype], with_gradient, reduction, with_statistics)
+    results = _allocate(input, SCALAR[dtype], with_gradient, reduction, with_statistics)
     loss, gradient, *statistics = results
     probabilities = target.is_floating_point()
     shape = input.shape
@@ -138,19 +149,19 @@ def run(
     else:
         z = input if ndim == 2 and apart is not None else _rows(input)
     t, y = (None, _rows(target).to(dtype).contiguous()) if probabilities else (_as_int64(target), None)
-    w = None if weight is None else _aligned(weight).detach().to(dtype).resolve_neg().contiguous()
+    w = None if weight is None else as_contiguous(weight, dtype)
     losses = loss.view(-1) if reduction == "none" else None
     stats = [x.view(-1) for x in statistics if x is not None] if with_statistics else None
     g = as_z = gradient
-    if gradient is not None and n * k >= _LARGE:
-        _cpu.in_large_pages(gradient, gradient.nbytes)
+    if gradient is not None:
+        in_large_pages(gradient)
     if gradient is not None and z is not input:  # in another order
         as_z = gradient if plane_size or ndim == 1 else gradient.movedim(1, -1)
         g = as_z.reshape(z.shape) if z.data_ptr() == input.data_ptr() else torch.empty_like(z)
     row_grad_outputs, factor = None, 1.0
     if grad_output is not None:
         if grad_output.dim():
-            row_grad_outputs = _aligned(grad_output).detach().to(dtype).resolve_neg().contiguous().view(-1)
+            row_grad_outputs = as_contiguous(grad_output, dtype).view(-1)
         else:
             factor = grad_output.item()
 
@@ -207,6 +218,18 @@ def _is_aligned(x: Tensor) -> bool:
 
 def _aligned(x: Tensor) -> Tensor:
     return x if _is_aligned(x) else x.detach().clone()
+
+
+def as_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As C wants it: aligned, of this type, in the order of its indices."""
+    if x.dtype == dtype and x.is_contiguous() and not x.is_neg() and _is_aligned(x):  # asking takes 1 us, not 5
+        return x
+    return _aligned(x).detach().to(dtype).resolve_neg().contiguous()
+
+
+def in_large_pages(x: Tensor) -> None:
+    if x.numel() >= LARGE:
+        _cpu.in_large_pages(x, x.nbytes)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..layout import row_stride
 from .call import Options, class_axis, is_being_traced, working_dtype
+from .composite import composite
 from .second import input_gradient
 
 __all__ = ["OnGPU", "backward", "forward", "loss_and_statistics", "on_gpu", "serves"]
@@ -99,7 +100,8 @@ class OnGPU(torch.autograd.Function):
         if grad_output is None:
             return 5 * (None,)
         compute = registered_backward if is_being_traced() else backward
-        return input_gradient(grad_output, compute, ctx.options, ctx.saved_tensors), *4 * (None,)
+        saved = ctx.saved_tensors
+        return input_gradient(grad_output, compute, composite, ctx.options, saved[:3], saved[3:]), *4 * (None,)
 
 
 def forward(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..posterior import posterior as by_kernel
-from .call import HALF, class_axis, is_being_traced, is_ordinary
+from .call import HALF, check_strength, class_axis, is_being_traced, is_ordinary
+from .composite import class_shape, log_1_plus
 
 __all__ = ["posterior"]
 
@@ -44,12 +45,9 @@ def posterior(
     axis = class_axis(input)
     if input.dim() == 0 or input.shape[axis] == 0:
         raise ValueError(f"logits must be (C,), (N, C) or (N, C, d1, ...) with C >= 1, got shape {tuple(input.shape)}")
-    for name, value, rule in (
-        ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1),
-        ("strength", strength, 0 <= strength <= 1),
-    ):
-        if not rule:
-            raise ValueError(f"{name} must be in [0, 1{')' if name == 'label_smoothing' else ']'}, got {value}")
+    check_strength(strength)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     classes = input.shape[axis]
     if weight is not None and weight.shape != (classes,):
         raise ValueError(
@@ -80,17 +78,17 @@ def _composite(input: Tensor, axis: int, weight: Tensor | None, label_smoothing:
     alone = (others == -torch.inf).all(axis, keepdim=True)  # no other class: its probability is 1
     log_s = torch.where(alone, 0.0, others).logsumexp(axis, keepdim=True)
     s = log_s.exp()
-    log_sum = s.log1p()
+    log_sum = log_1_plus(s)
     q = others.exp() / (1 + s)
     n = torch.where(q == 0, 0.0, log_sum - d)
     k = (1 - strength) + strength * ((1 - q) + q * n)
     ratio = torch.where(s == 0, 1.0, log_sum / torch.where(s == 0, 1.0, s))
-    log_k_top = log_s + ratio.log1p() - log_sum
+    log_k_top = log_s + log_1_plus(ratio) - log_sum
     if strength != 1:
         log_k_top = ((1 - strength) + strength * log_k_top.exp()).log()
     log_h = torch.where(is_top, -log_k_top, d - k.log())
     if weight is not None:
-        log_h = log_h - weight.to(z.dtype).log().view([-1 if i == axis else 1 for i in range(z.dim())])
+        log_h = log_h - weight.to(z.dtype).log().view(class_shape(axis, z))
     y = torch.where(alone, torch.where(is_top, d + 1, 0.0), log_h.softmax(axis))
     if label_smoothing:
         y = (y - label_smoothing / z.shape[axis]).clamp_min(0)

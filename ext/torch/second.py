@@ -1,63 +1,74 @@
-"""The gradient of a kernel's loss, with derivatives of its own: those of the composite form."""
+"""The gradient of a kernel's loss, with derivatives of its own: those of the loss as PyTorch operations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .call import Options, has_tangent
-from .composite import composite
+from .call import has_tangent
+
+Form = Callable[..., Tensor]
+Tensors = Sequence[Tensor | None]  # of a loss, the input first
 
 
 def input_gradient(
-    grad_output: Tensor, compute: Callable[..., Tensor], options: Options, saved: tuple[Any, ...]
+    grad_output: Tensor, compute: Form, composite: Form, options: tuple[Any, ...], tensors: Tensors, kept: Tensors = ()
 ) -> Tensor:
     """The gradient, differentiable where that is asked for.
 
-    `saved` begins with input, target and weight. `compute` makes the gradient of grad_output, `saved` and `options`.
+    It is `compute(grad_output, *tensors, *kept, *options)`. `composite(*tensors, *options)` is the loss.
     """
     create_graph = torch.is_grad_enabled()
     if in_functional_transform(grad_output):
-        input, target, weight, *_ = saved
-        return _composite_gradient(grad_output, input, target, weight, options, create_graph)[0]
+        return _composite_gradient(grad_output, composite, options, tensors, create_graph)[0]
     if create_graph:
-        return KernelGradient.apply(grad_output, compute, options, *saved)
-    return compute(grad_output, *saved, *options)
+        return KernelGradient.apply(grad_output, compute, composite, options, len(tensors), *tensors, *kept)
+    return compute(grad_output, *tensors, *kept, *options)
 
 
 class KernelGradient(torch.autograd.Function):
     """What `compute` makes, with the composite form's derivatives."""
 
     @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, compute: Callable[..., Tensor], options: Options, *saved: Any) -> Tensor:
-        ctx.options, ctx.others = options, len(saved) - 1
-        ctx.save_for_backward(grad_output, *saved[:3])
+    def forward(
+        ctx: Any,
+        grad_output: Tensor,
+        compute: Form,
+        composite: Form,
+        options: tuple[Any, ...],
+        count: int,
+        *saved: Tensor | None,
+    ) -> Tensor:
+        ctx.composite, ctx.options, ctx.others = composite, options, len(saved) - 1
+        ctx.save_for_backward(grad_output, *saved[:count])
         gradient = compute(grad_output, *saved, *options)
-        return gradient.clone() if gradient is saved[3] else gradient  # which would be input and output
+        return gradient.clone() if any(gradient is x for x in saved) else gradient  # which would be input and output
 
     @staticmethod
     def backward(ctx: Any, vector: Tensor) -> tuple[Tensor | None, ...]:
-        grad_output, input, target, weight = ctx.saved_tensors
+        grad_output, *tensors = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             seed = grad_output.view_as(grad_output) if grad_output.requires_grad else grad_output
-            gradient, alias = _composite_gradient(seed, input, target, weight, ctx.options, True)
+            gradient, alias = _composite_gradient(seed, ctx.composite, ctx.options, tensors, True)
             by_input, *by_output = torch.autograd.grad(
                 gradient, [alias, seed] if seed.requires_grad else [alias], vector, create_graph=create_graph
             )
-        return by_output[0] if by_output else None, None, None, by_input, *ctx.others * [None]
+        return by_output[0] if by_output else None, None, None, None, None, by_input, *ctx.others * [None]
 
 
 def _composite_gradient(
-    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, options: Options, create_graph: bool
+    grad_output: Tensor, composite: Form, options: tuple[Any, ...], tensors: Tensors, create_graph: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradient, and the alias of the input that it belongs to: hooks of the input run once, at the end."""
+    input, *others = tensors
+    assert input is not None
     with torch.enable_grad():
         alias = input.view_as(input)
-        loss = composite(alias, target, weight, *options)
+        loss = composite(alias, *others, *options)
         return torch.autograd.grad(loss, alias, grad_output, create_graph=create_graph)[0], alias
 
 
