@@ -174,14 +174,19 @@ def run(
     if z.dtype == dtype:
         bad_row = whole.run(0, n) if n * k < WORTH_THREADS else in_threads(whole, torch.get_num_threads())
     else:
-        threads = torch.get_num_threads()
-        block, bad_row = max(1, LOGITS_WORTH_A_THREAD * threads // k), -1
-        for part in (slice(i, i + block) for i in range(0, n, block)):
-            z_part, stats_part = z[part].to(dtype).contiguous(), stats and [x[part] for x in stats]
-            g_part = None if g is None else torch.empty_like(z_part)
+        # A half type, in blocks that are converted to the same memory: anew for each, the heap grew by 20 MiB and more.
+        threads, bad_row = torch.get_num_threads(), -1
+        block = min(n, max(1, LOGITS_WORTH_A_THREAD * threads // k))
+        z_block = z.new_empty((block, k), dtype=dtype)
+        g_block = None if g is None else torch.empty_like(z_block)
+        for part in (slice(i, min(i + block, n)) for i in range(0, n, block or 1)):
+            count = part.stop - part.start
+            z_part, g_part = z_block[:count].copy_(z[part]), None if g_block is None else g_block[:count]
             t_part, y_part, outputs = (None if x is None else x[part] for x in (t, y, row_grad_outputs))
-            tensors = (whole.losses(part.start), g_part, z_part, t_part, y_part, w, outputs, stats_part)
-            block_call = _cpu.KernelCall(*tensors, len(z_part), k, 0, k * size, *options, whole.divisor, factor)
+            tensors = (whole.losses(part.start), g_part, z_part, t_part, y_part, w, outputs)
+            block_call = _cpu.KernelCall(
+                *tensors, stats and [x[part] for x in stats], count, k, 0, k * size, *options, whole.divisor, factor
+            )
             bad_row = max(bad_row, in_threads(block_call, threads))
             if g is not None and g_part is not None:
                 g[part] = g_part
