@@ -7,8 +7,6 @@ import doctest
 import inspect
 import pickle
 import sys
-import warnings
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,21 +15,15 @@ from oracle import ulps
 from test_binary import LOGITS, exact
 from tolerances import COMPOSITE, FLOAT32, FLOAT64, ULP, UNDERFLOW
 from torch.autograd import forward_ad
+from torch_samples import DOUBLE, cases_of
 
 from lace_loss import ref
 from lace_loss.ext.torch import BinaryLACELoss, binary_lace_loss, gpu
 
 binary = sys.modules[binary_lace_loss.__module__]
 
-with warnings.catch_warnings(), patch.object(torch.backends, "disable_global_flags"):
-    warnings.simplefilter("ignore")
-    from torch.testing._internal.common_methods_invocations import op_db
-    from torch.testing._internal.common_modules import module_db
-
 by_torch = torch.nn.functional.binary_cross_entropy_with_logits
-(OP,) = [op for op in op_db if op.name == "nn.functional.binary_cross_entropy_with_logits"]
-(MODULE,) = [module for module in module_db if module.module_cls is torch.nn.BCEWithLogitsLoss]
-DOUBLE = {"device": "cpu", "dtype": torch.double, "requires_grad": True}
+OP, MODULE = cases_of("binary_cross_entropy_with_logits", torch.nn.BCEWithLogitsLoss)
 
 
 def detached(target, options):

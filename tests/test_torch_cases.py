@@ -3,28 +3,18 @@
 At strength 0 the witness is cross_entropy itself, at strength 1 it is `ref`.
 """
 
-import warnings
-from unittest.mock import patch
-
 import numpy as np
 import pytest
 import torch
 from tolerances import COMPOSITE, FLOAT64
 from torch.autograd import forward_ad
+from torch_samples import DOUBLE, cases_of
 
 from lace_loss import ref
 from lace_loss.ext.torch import LACELoss, lace_loss
 
-# The import would freeze the flags of cudnn for the whole process.
-with warnings.catch_warnings(), patch.object(torch.backends, "disable_global_flags"):
-    warnings.simplefilter("ignore")
-    from torch.testing._internal.common_methods_invocations import op_db
-    from torch.testing._internal.common_modules import module_db
-
 cross_entropy = torch.nn.functional.cross_entropy
-(OP,) = [op for op in op_db if op.name == "nn.functional.cross_entropy"]
-(MODULE,) = [module for module in module_db if module.module_cls is torch.nn.CrossEntropyLoss]
-DOUBLE = {"device": "cpu", "dtype": torch.double, "requires_grad": True}
+OP, MODULE = cases_of("cross_entropy", torch.nn.CrossEntropyLoss)
 
 
 def samples():

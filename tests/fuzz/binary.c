@@ -2,7 +2,6 @@
  * every build. An input is one call. With ALONE there is one build, this program's own. */
 #include "exact.h"
 #include "fuzz.h"
-#include "lace_builds.h"
 
 enum { MOST_LABELS = 2048, RESULTS = 2 };
 enum { LOSS, GRADIENT, LOGITS, TARGET, LABEL, WEIGHT, POS_WEIGHT, SCALE, ROW_LOSS, ROW_GRADIENT, ROW_TOTALS };
@@ -23,19 +22,6 @@ static int64_t result_of(const lace_build *build, const Call *c)
     const lace_binary_args_f32 a32 = ARGS (float)c->strength};
     const lace_binary_args_f64 a64 = ARGS c->strength};
     return c->width == 4 ? build->binary_f32(&a32) : build->binary_f64(&a64);
-}
-
-static const lace_build *build(size_t which)
-{
-    static const lace_build own = {.name = "own", .binary_f32 = lace_binary_f32, .binary_f64 = lace_binary_f64};
-    if (which == 0) return &own;
-#ifdef ALONE
-    return NULL;
-#else
-    size_t count;
-    const lace_build *others = lace_builds(&count);
-    return which <= count ? &others[which - 1] : NULL;
-#endif
 }
 
 static void read_call(Call *c, Input *in)

@@ -12,6 +12,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "lace_builds.h"
+
 #if __has_feature(memory_sanitizer)
 #include <sanitizer/msan_interface.h>
 #else
@@ -177,6 +179,22 @@ static inline double get(const Array *a, size_t i)
 static inline int same_bits(double a, double b)
 {
     return (a != a && b != b) || memcmp(&a, &b, sizeof a) == 0;
+}
+
+/* The build that the target was compiled with, then those of lace_builds, compiled apart. NULL after the last. */
+static inline const lace_build *build(size_t which)
+{
+    static const lace_build own = {"own", lace_rows_f32, lace_columns_f32, lace_rows_f64, lace_columns_f64,
+                                   lace_binary_f32, lace_binary_f64, lace_posterior_rows_f32, lace_posterior_columns_f32,
+                                   lace_posterior_rows_f64, lace_posterior_columns_f64};
+    if (which == 0) return &own;
+#ifdef ALONE
+    return NULL;
+#else
+    size_t count;
+    const lace_build *others = lace_builds(&count);
+    return which <= count ? &others[which - 1] : NULL;
+#endif
 }
 
 #endif

@@ -2,7 +2,6 @@
  * every value, and the same bits from every build. An input is one call. With ALONE there is one build, this program's own. */
 #include "exact.h"
 #include "fuzz.h"
-#include "lace_builds.h"
 
 enum { MOST_CLASSES = 32769, MOST_VALUES = 16384 };
 enum { LOGITS, WEIGHT, POSTERIOR, ALONE_LOGITS, ALONE_POSTERIOR };
@@ -25,22 +24,6 @@ static int64_t result_of(const lace_build *build, const Call *c)
                                     c->options ? &o64 : NULL};
     if (c->width == 4) return c->columns ? build->posterior_columns_f32(&a32) : build->posterior_rows_f32(&a32);
     return c->columns ? build->posterior_columns_f64(&a64) : build->posterior_rows_f64(&a64);
-}
-
-static const lace_build *build(size_t which)
-{
-    static const lace_build own = {.name = "own", .posterior_rows_f32 = lace_posterior_rows_f32,
-                                   .posterior_columns_f32 = lace_posterior_columns_f32,
-                                   .posterior_rows_f64 = lace_posterior_rows_f64,
-                                   .posterior_columns_f64 = lace_posterior_columns_f64};
-    if (which == 0) return &own;
-#ifdef ALONE
-    return NULL;
-#else
-    size_t count;
-    const lace_build *others = lace_builds(&count);
-    return which <= count ? &others[which - 1] : NULL;
-#endif
 }
 
 static size_t place_of(const Call *c, size_t i, size_t j)

@@ -2,7 +2,6 @@
  * every build. An input is one call. With ALONE there is one build, this program's own. */
 #include "exact.h"
 #include "fuzz.h"
-#include "lace_builds.h"
 
 enum { MOST_VALUES = ROOM / 8, USUAL_VALUES = 4096, RESULTS = 6 };
 
@@ -31,20 +30,6 @@ static int64_t result_of(const lace_build *build, const Call *c)
     const lace_args_f64 a64 = ARGS(&o64);
     if (c->columns) return c->width == 4 ? build->columns_f32(&a32) : build->columns_f64(&a64);
     return c->width == 4 ? build->rows_f32(&a32) : build->rows_f64(&a64);
-}
-
-static const lace_build *build(size_t which)
-{
-    static const lace_build own = {.name = "own", .rows_f32 = lace_rows_f32, .columns_f32 = lace_columns_f32,
-                                   .rows_f64 = lace_rows_f64, .columns_f64 = lace_columns_f64};
-    if (which == 0) return &own;
-#ifdef ALONE
-    return NULL;
-#else
-    size_t count;
-    const lace_build *others = lace_builds(&count);
-    return which <= count ? &others[which - 1] : NULL;
-#endif
 }
 
 static size_t size_of(ptrdiff_t stride)
