@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpu import launch
-from .kernels import _exp_of_row, _factors, _weighted
+from .gpu_math import exp_of_row, loss_and_slope, weighted
 
 _BLOCK = 1024  # labels of a program
 
@@ -40,7 +40,7 @@ def _labels(input, target, weight, pos_weight, above, place, j, exists, strength
         present *= w
         absent *= w
     size = tl.where(z > 0, z, -z)
-    high, low = _exp_of_row(-size, 0.0)
+    high, low = exp_of_row(-size, 0.0)
     e = high + low  # NaN of NaN
     part = e * 2.0**-64
     # One division, which is good to 2 ulp, serves 1 / (1 + e) and the logarithm by y = e / (2 + e) <= 1/3.
@@ -55,12 +55,12 @@ def _labels(input, target, weight, pos_weight, above, place, j, exists, strength
     small = e * large
     n, q = size + log, small * 2.0**-64
     # Of both classes the loss and K (1 - q); of a small e the logarithm is e, too, and may be subnormal.
-    _, k_top = _factors(q, large, log, strength, rest)
+    _, k_top = loss_and_slope(q, large, log, strength, rest)
     top = (rest + strength * q) * tl.where(part < 2.0**-30, e, log * 2.0**64)
-    other, k_other = _factors(large, q, n, strength, rest)
+    other, k_other = loss_and_slope(large, q, n, strength, rest)
     up = z > 0
     a_top, a_other = tl.where(up, present, absent), tl.where(up, absent, present)
-    loss = (top * 2.0**-32) * a_top * 2.0**-32 + _weighted(a_other, other)
+    loss = (top * 2.0**-32) * a_top * 2.0**-32 + weighted(a_other, other)
     slope = (a_other * above) * (k_other * large) - (k_top * small * 2.0**-32) * (a_top * above) * 2.0**-32
     return tl.where(exists, loss, 0.0), tl.where(up, slope, -slope)
 

@@ -17,96 +17,9 @@ programs are scheduled: the same bits in every run. Everything is float32.
 import triton
 import triton.language as tl
 
+from .gpu_math import exp, exp_of_row, exp_to_add, log1p, loss_and_slope, origin_near, plus, weighted
+
 __all__ = ["backward", "forward", "store_own", "trial"]
-
-# Triton compares each global of a kernel before each launch, which took a quarter of it: numbers are written out here.
-# 1.4426950408889634 is log2 e, and 177 / 256 + 0.0017409305599452862 is ln 2: of eight bits, so that its multiples are
-# exact, and the rest. 12582912 = 1.5 x 2^23, added, leaves the nearest integer in the low bits.
-#
-# Exponentials are formed 2^40 or 2^64 times as large, and what is left for the backward pass 2^24 times: numbers that
-# end up in the subnormal range, or leave it by a weight or a loss scale, keep all their bits.
-
-
-@triton.jit
-def _split_exp(z, m, RAISED: tl.constexpr, WIDE: tl.constexpr):
-    """exp(z - m) 2^RAISED is exp(rest) scale, |rest| <= 0.36, and 0 where it is `far`. If not WIDE, z is of a half
-    type and m, too, and 0 or at least 2^-6: m + n ln 2 is near z, and exact but for the last bits of ln 2.
-    """
-    d = z - m
-    shifted = tl.fma(d, 1.4426950408889634, 12582912.0 + 127 + RAISED)
-    scale = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
-    n = shifted - (12582912.0 + 127 + RAISED)
-    if WIDE:
-        back = d - z
-        rest = tl.fma(n, -0.0017409305599452862, tl.fma(n, -177 / 256, d)) + ((z - (d - back)) - (m + back))
-    else:
-        rest = tl.fma(n, -0.0017409305599452862, z - tl.fma(n, 177 / 256, m))
-    return rest, scale, d < -87.0 - 0.69 * RAISED  # not true of NaN
-
-
-@triton.jit
-def _exp(z, m, RAISED: tl.constexpr, WIDE: tl.constexpr):
-    """Of every logit, by the device's exp2, which is good to 2 ulp."""
-    rest, scale, far = _split_exp(z, m, RAISED, WIDE)
-    return tl.where(far, 0.0, tl.exp2(rest * 1.4426950408889634) * scale)
-
-
-@triton.jit
-def _origin(m):
-    """A multiple of 32 near m. What is near m itself lies at an exact distance from it, for a half type as good as
-    always, and for float32 but for one rounding that a subtraction finds again.
-    """
-    return tl.floor(m * (1 / 32) + 0.5) * 32
-
-
-@triton.jit
-def _exp_to_add(z, origin, WIDE: tl.constexpr):
-    """exp(z - origin); 0 from -87 on, where z is far below the largest."""
-    d = z - origin
-    product = d * 1.4426950408889634
-    lost = tl.fma(product, -0.6931471805599453, d)
-    if WIDE:
-        lost += z - (d + origin)
-    p = tl.exp2(product)
-    return tl.fma(p, tl.minimum(lost, 1.0), p)  # NaN, of a logit of -inf, becomes 1
-
-
-@triton.jit
-def _plus(total, lost, x):
-    """The sum and what its roundings took, with x. Four side by side are added in pairs: up to Triton 3.6 a thread adds
-    its 32 in sequence, of which, all alike, up to 8 x 2^-24 is lost. They are a thread's own: it costs nothing.
-    """
-    if x.shape[1] >= 256:
-        for _ in tl.static_range(2):
-            a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-            x = a + b
-    x = tl.sum(x, 1)
-    both = total + x
-    back = both - total
-    return both, lost + tl.where(both == float("inf"), 0.0, (total - (both - back)) + (x - back))
-
-
-@triton.jit
-def _exp_of_row(z, m):
-    """2^64 times it; once a sample, in two parts, since L is about its square."""
-    rest, scale, far = _split_exp(z, m, 64, True)
-    p = tl.fma(rest, 1.3927684616575004e-3, 8.36438069329107e-3)
-    p = tl.fma(rest, p, 4.166654542109553e-2)
-    p = tl.fma(rest, p, 1.6666569628115477e-1)
-    p = tl.fma(rest, p, 0.5)
-    high = rest + 1.0
-    low = tl.fma(rest * rest, p, rest - (high - 1.0))
-    return tl.where(far, 0.0, high * scale), tl.where(far, 0.0, low * scale)
-
-
-@triton.jit
-def _log1p(x):
-    y = tl.div_rn(x, 2.0 + x)
-    square = y * y
-    p = tl.fma(square, 0.11111111, 0.14285715)
-    p = tl.fma(square, p, 0.2)
-    p = tl.fma(square, p, 0.33333334)
-    return tl.where(x < 0.5, tl.fma(2.0 * y * square, p, 2.0 * y), tl.log(1.0 + x))
 
 
 @triton.jit
@@ -176,9 +89,9 @@ def _add(m, total, lost, ahead, x, z_t, before, others, WIDE: tl.constexpr):
             counted &= others
         ahead += tl.sum(counted.to(tl.int32), 1)
     larger = tl.maximum(m, tl.max(x, 1))
-    origin = tl.where(larger == float("-inf"), 0.0, _origin(larger))
-    moved = _exp(_origin(m), origin, 0, True)
-    total, lost = _plus(total * moved, lost * moved, _exp_to_add(x, origin[:, None], WIDE))
+    origin = tl.where(larger == float("-inf"), 0.0, origin_near(larger))
+    moved = exp(origin_near(m), origin, 0, True)
+    total, lost = plus(total * moved, lost * moved, exp_to_add(x, origin[:, None], WIDE))
     return larger, total, lost, ahead
 
 
@@ -231,13 +144,13 @@ def _row(z_t, m, total, lost):
     m = tl.where(m == float("-inf"), z_t, m)  # no other class is left
     d = tl.where(z_t == float("inf"), float("nan"), m - z_t)
     leads, top = d <= 0, tl.maximum(m, z_t)
-    high, low = _exp_of_row(tl.minimum(m, z_t), top)
+    high, low = exp_of_row(tl.minimum(m, z_t), top)
     e = tl.where(d != d, d, high + low)
-    high, low = _exp_of_row(_origin(m), top)
+    high, low = exp_of_row(origin_near(m), top)
     r = tl.fma(total, high, tl.fma(total, low, lost * high))
     q = tl.where(leads, 1.0, e * 2.0**-64)
     both = r * 2.0**-64 + q
-    log = tl.where(leads, _log1p(r * 2.0**-64), tl.log(both))
+    log = tl.where(leads, log1p(r * 2.0**-64), tl.log(both))
     r, q = tl.div_rn(r * 2.0**-40, both), tl.div_rn(q, both)
     q_m = tl.div_rn(tl.where(leads, e * 2.0**-40, 2.0**24), both)
     n, n_m = log + tl.where(leads, 0.0, d), log + tl.where(leads, -d, 0.0)
@@ -245,28 +158,21 @@ def _row(z_t, m, total, lost):
 
 
 @triton.jit
-def _factors(r, q, n, strength, rest):
-    """Loss and K of a class."""
-    return (rest + strength * r) * n, rest + strength * (r + tl.where(q == 0, 0.0, q * n))
-
-
-@triton.jit
-def _weighted(w, loss):
-    return tl.where((w == 0) & (loss == float("inf")), 0.0, w * loss)
-
-
-@triton.jit
 def _gradient(x, m, a, WIDE: tl.constexpr):
     """a exp(x - m), for an a that is 2^24 times as large."""
-    return _exp(x, m[:, None], 40, WIDE) * a[:, None] * 2.0**-64
+    return exp(x, m[:, None], 40, WIDE) * a[:, None] * 2.0**-64
 
 
 @triton.jit
-def _smoothed_gradient(x, w, m, q_m, n_m, factors, only, g_only, spread, strength, rest):
-    """q_j sum a K - a_j K_j, and g_only for the largest logit but the target's if it is the only one."""
-    q = _exp(x, m[:, None], 64, True) * q_m[:, None] * 2.0**-64
-    _, k = _factors(1.0 - q, q, m[:, None] - x + n_m[:, None], strength, rest)
-    return tl.where(x == only[:, None], g_only[:, None], q * factors[:, None] - spread * w * k)
+def _smoothed_gradient(x, w, m, q_m, n_m, first, last, only, g_only, spread, strength, rest):
+    """q_j sum a K - a_j K_j, and g_only for the largest logit but the target's if it is the only one; all times the
+    gradient's factor. (2^40 q first) last is the first term, whose digits an underflow of q would take.
+    """
+    raised = exp(x, m[:, None], 40, True) * q_m[:, None]
+    q = raised * 2.0**-40
+    _, k = loss_and_slope(1.0 - q, q, m[:, None] - x + n_m[:, None], strength, rest)
+    value = raised * first[:, None] * last[:, None] - spread[:, None] * w * k
+    return tl.where(x == only[:, None], g_only[:, None], value)
 
 
 @triton.jit
@@ -319,10 +225,10 @@ def forward(
     if not (WIDE or SMOOTHED):
         m = tl.where(tl.abs(m) < 1 / 64, 0.0, m)  # for _split_exp; any m near the largest logit would do
     m, r, raised_r, q, n, q_m, raised_q_m, n_m = _row(z_t, m, s, lost)
-    f, k_t = _factors(r, q, n, strength, rest)
+    f, k_t = loss_and_slope(r, q, n, strength, rest)
     # Up to 2^-41 n is r. (1 - s + s r) r is formed with the weight before it is rounded to a subnormal number.
     tiny = raised_r < 2.0**-17
-    of_sample = tl.where(tiny, (rest + strength * r) * raised_r * w * 2.0**-24, _weighted(w, f))
+    of_sample = tl.where(tiny, (rest + strength * r) * raised_r * w * 2.0**-24, weighted(w, f))
 
     if SMOOTHED:
         # The classes that are neither the target nor tied for m have q <= 1/2 and 1 - q by subtraction.
@@ -333,20 +239,20 @@ def forward(
             x, j, inside = _load(z, exists, counts, first, start, ends, samples, C, ROW, BC, V)
             others = inside & (j != t[:, None])
             w_j = _class_weights(weight, j, C)
-            e = _exp(x, m[:, None], 0, True)
+            e = exp(x, m[:, None], 0, True)
             q_j = e * q_m[:, None]
-            f_j, k_j = _factors(1.0 - q_j, q_j, m[:, None] - x + n_m[:, None], strength, rest)
+            f_j, k_j = loss_and_slope(1.0 - q_j, q_j, m[:, None] - x + n_m[:, None], strength, rest)
             below, at = others & (x < m[:, None]), others & (x == m[:, None])
-            less, lost = _plus(less, lost, tl.where(below, e, 0.0))
+            less, lost = plus(less, lost, tl.where(below, e, 0.0))
             tied += tl.sum(at.to(tl.int32), 1)
             w_m += tl.sum(tl.where(at, w_j, 0.0), 1)
-            f_less, f_lost = _plus(f_less, f_lost, tl.where(below, _weighted(w_j, f_j), 0.0))
-            k_less, k_lost = _plus(k_less, k_lost, tl.where(below, w_j * k_j, 0.0))
+            f_less, f_lost = plus(f_less, f_lost, tl.where(below, weighted(w_j, f_j), 0.0))
+            k_less, k_lost = plus(k_less, k_lost, tl.where(below, w_j * k_j, 0.0))
         less, f_less, k_less = less + lost, f_less + f_lost, k_less + k_lost
         r_m = tl.fma(less + (tied - 1).to(tl.float32), q_m, q)
-        f_m, k_m = _factors(r_m, q_m, n_m, strength, rest)
+        f_m, k_m = loss_and_slope(r_m, q_m, n_m, strength, rest)
         spread = smoothing / C
-        of_sample = (1.0 - smoothing) * of_sample + spread * (of_sample + _weighted(w_m, f_m) + f_less)
+        of_sample = (1.0 - smoothing) * of_sample + spread * (of_sample + weighted(w_m, f_m) + f_less)
         own, of_m, of_less = ((1.0 - smoothing) + spread) * w * k_t, spread * w_m * k_m, spread * k_less
 
     bad = tl.where(wrong, float("nan"), 1.0)
@@ -364,23 +270,17 @@ def forward(
         tl.store(weights, by)
     if rows is not None:
         rows += sample  # and on by `total`, of which a multiple may not fit in 32 bits
-        tl.store(rows, m, mask=exists)
+        rows = _keep(rows, m, total, exists)
         if SMOOTHED:
-            tl.store(rows + total, q_m * bad, mask=exists)
-            rows += total
-            tl.store(rows + total, n_m, mask=exists)
-            rows += total
-            tl.store(rows + total, (own + of_m + of_less) * bad, mask=exists)
-            rows += total
-            tl.store(rows + total, (q * (of_m + of_less) - r * own) * bad, mask=exists)
-            rows += total
-            tl.store(rows + total, tl.where(tied == 1, m, float("inf")), mask=exists)
-            rows += total
-            tl.store(rows + total, (q_m * (own + of_less) - r_m * of_m) * bad, mask=exists)
+            rows = _keep(rows, q_m * bad, total, exists)
+            rows = _keep(rows, n_m, total, exists)
+            rows = _keep(rows, (own + of_m + of_less) * bad, total, exists)
+            rows = _keep(rows, (q * (of_m + of_less) - r * own) * bad, total, exists)
+            rows = _keep(rows, tl.where(tied == 1, m, float("inf")), total, exists)
+            _keep(rows, (q_m * (own + of_less) - r_m * of_m) * bad, total, exists)
         else:
-            tl.store(rows + total, w * k_t * raised_q_m * bad, mask=exists)
-            rows += total
-            tl.store(rows + total, -w * k_t * raised_r * bad, mask=exists)
+            rows = _keep(rows, w * k_t * raised_q_m * bad, total, exists)
+            _keep(rows, -w * k_t * raised_r * bad, total, exists)
     if rank is not None:
         tl.store(cross_entropy + sample, tl.where(counts, n * bad, 0.0), mask=exists)
         tl.store(probability + sample, tl.where(counts, q * bad, 0.0), mask=exists)
@@ -393,6 +293,12 @@ def _class_weights(weight, j, C: tl.constexpr):
         return tl.full([1, 1], 1.0, tl.float32)
     else:
         return tl.load(weight + j, mask=(j >= 0) & (j < C), other=0.0)
+
+
+@triton.jit
+def _keep(rows, value, total, exists):
+    tl.store(rows, value, mask=exists)
+    return rows + total
 
 
 @triton.jit
@@ -426,7 +332,9 @@ def backward(
         g, rows = _next(rows, total, exists)
         only, rows = _next(rows, total, exists)
         g_m, rows = _next(rows, total, exists)
-        g = tl.where(counts, g * scale, 0.0)
+        g, factors = tl.where(counts, g * scale, 0.0), factors * scale
+        large = tl.abs(factors) > 2.0**32
+        f, last = tl.where(large, factors * 2.0**-40, factors), tl.where(large, 1.0, 2.0**-40)
     else:
         a, rows = _next(rows, total, exists)
         g, rows = _next(rows, total, exists)
@@ -436,8 +344,9 @@ def backward(
         x, j, _inside = _load(z, exists, counts, first, start, ends, samples, C, ROW, BC, V)
         if SMOOTHED:
             w = _class_weights(weight, j, C)
-            value = _smoothed_gradient(x, w, m, q_m, n_m, factors, only, g_m, smoothing / C, strength, rest)
-            value = tl.where(counts[:, None], value * scale[:, None], 0.0)
+            spread = scale * (smoothing / C)
+            value = _smoothed_gradient(x, w, m, q_m, n_m, f, last, only, g_m * scale, spread, strength, rest)
+            value = tl.where(counts[:, None], value, 0.0)
         else:
             value = _gradient(x, m, a, WIDE)
         _store(gradient, value, first, start, to, exists, samples, C, ROW, GRADIENT_ROW, BC, V)
